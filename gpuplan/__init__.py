@@ -1,0 +1,3 @@
+"""Load tester and capacity planner for GPU inference."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""What is decided: admission, batching, dispatch. Pure: no clock, no socket, no random number (a contract holds it)."""

@@ -1,0 +1,64 @@
+"""What goes into a step.
+
+Models that answer in one step (classifiers): the oldest waiting requests, up to `max_batch_size`, once the batch is
+full or the oldest has waited `max_queue_delay`, counted from its arrival. With no delay set, an idle replica starts
+at once.
+
+Decoders: iteration-level batching (Yu et al., Orca, OSDI 2022). Every running sequence gets one token a step; new
+ones join between steps; at most `max_batch_tokens` tokens run in a step, so a long prompt is read in chunks and the
+others' tokens keep coming (Agrawal et al., Sarathi-Serve, OSDI 2024).
+"""
+
+from __future__ import annotations
+
+from gpuplan.hardware.roofline import StepLoad
+from gpuplan.policy.state import ModelState, ReplicaState
+from gpuplan.policy.vocabulary import Prefill, RunStep
+
+
+def batch_due_s(model: ModelState) -> float:
+    """When the head of the queue may start as the oldest of a batch. The queue must not be empty."""
+    rule = model.batching
+    if len(model.queue) >= min(rule.max_batch_size, rule.max_queue_size):
+        return model.queue[0].arrived_s
+    return model.queue[0].arrived_s + rule.max_queue_delay
+
+
+def single_step(model: ModelState, replica: ReplicaState, step_id: int) -> RunStep:
+    """One step for all of the replica's sequences; every prompt is padded to the longest."""
+    batch = replica.prefilling
+    longest = max(s.prompt_tokens for s in batch)
+    return RunStep(
+        replica.spec.id,
+        step_id,
+        tuple(Prefill(s.request_id, s.prompt_tokens, True) for s in batch),
+        (),
+        StepLoad(longest * len(batch), longest * longest * len(batch), 0, 0, len(batch)),
+        len(model.queue),
+    )
+
+
+def iteration(model: ModelState, replica: ReplicaState, step_id: int) -> RunStep:
+    """One token for each decoding sequence, and as much of the waiting prompts as the token budget leaves."""
+    decoding = replica.decoding
+    budget = max(model.batching.max_batch_tokens - len(decoding), 1)
+    prefills: list[Prefill] = []
+    tokens = pairs = first_tokens = 0
+    for s in replica.prefilling:
+        if budget <= 0:
+            break
+        chunk = min(s.prompt_tokens - s.prefilled, budget)
+        last = s.prefilled + chunk == s.prompt_tokens
+        prefills.append(Prefill(s.request_id, chunk, last))
+        pairs += chunk * s.prefilled + chunk * (chunk + 1) // 2
+        budget -= chunk
+        tokens += chunk
+        first_tokens += last
+    return RunStep(
+        replica.spec.id,
+        step_id,
+        tuple(prefills),
+        tuple([s.request_id for s in decoding]),
+        StepLoad(tokens, pairs, len(decoding), replica.context_tokens, len(decoding) + first_tokens),
+        len(model.queue),
+    )

@@ -1,0 +1,264 @@
+"""Every decision, behind one door: `handle(event, *, now_s) -> list[Action]`.
+
+Two rules keep it simple. It looks at nothing but its arguments: time comes in, so a live server and a simulation
+that feed it the same events get the same actions. It does nothing: what must happen comes back as data, in the order
+in which it should be done, and the driver reports what came of it as new events.
+
+A driver calls `handle` for every event, and once more with `Wake` when `next_timer_s` comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from gpuplan.policy import admission, batching, dispatch
+from gpuplan.policy.state import ModelState, ReplicaState, Sequence
+from gpuplan.policy.vocabulary import (
+    Action,
+    Arrive,
+    Cancel,
+    Complete,
+    Drain,
+    Event,
+    Fail,
+    ReplicaDown,
+    ReplicaUp,
+    RunStep,
+    StepDone,
+    StepFailed,
+    Wake,
+)
+from gpuplan.scenario.deployment import Deployment
+
+
+class ServingCore:
+    """The decisions for one deployment. Not thread-safe: one driver, one event at a time, time never backwards."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self._replicas = {r.id: ReplicaState(r, order) for order, r in enumerate(deployment.replicas)}
+        self._models = {
+            name: ModelState(name, replicas[0].spec.role == "decoder", deployment.batching[name], replicas)
+            for name in deployment.models
+            if (replicas := [r for r in self._replicas.values() if r.spec.model == name])
+        }
+        self._sequences: dict[int, Sequence] = {}
+        self._model_of = {r.spec.id: self._models[r.spec.model] for r in self._replicas.values()}
+        self._steps = 0
+        self._draining = False
+        self._now_s = float("-inf")
+        self._doors: dict[type, Callable[[Any, list[Action]], ModelState | None]] = {
+            Arrive: self._arrive,
+            StepDone: self._step_done,
+            StepFailed: self._step_failed,
+            Cancel: self._cancel,
+            ReplicaUp: self._replica_up,
+            ReplicaDown: self._replica_down,
+            Drain: self._drain,
+        }
+
+    def handle(self, event: Event, *, now_s: float) -> list[Action]:
+        """What to do about `event`, which happened at `now_s` (seconds on the driver's clock)."""
+        self._now_s = max(self._now_s, now_s)
+        actions: list[Action] = []
+        if type(event) is Wake:
+            for model in self._models.values():
+                self._start_steps(model, actions)
+        else:
+            touched = self._doors[type(event)](event, actions)
+            if touched is not None:
+                self._start_steps(touched, actions)
+        return actions
+
+    def next_timer_s(self) -> float | None:
+        """When to call `handle(Wake())` if nothing happens before: an idle replica's batch falls due."""
+        due = [
+            batching.batch_due_s(model)
+            for model in self._models.values()
+            if model.queue and not model.decoder and any(r.idle for r in model.replicas)
+        ]
+        return min(due, default=None)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests admitted and not yet complete, failed or cancelled."""
+        return len(self._sequences)
+
+    def waiting(self, model: str) -> int:
+        """Requests in the model's queue."""
+        return len(self._models[model].queue)
+
+    def running(self, model: str) -> int:
+        """Requests on the model's replicas."""
+        return sum(r.running for r in self._models[model].replicas)
+
+    def ready(self) -> bool:
+        """Every model has a replica that is up, and new requests are taken."""
+        return not self._draining and all(any(r.up for r in m.replicas) for m in self._models.values())
+
+    # --- events ---------------------------------------------------------------------------------------------------
+
+    def _arrive(self, event: Arrive, actions: list[Action]) -> ModelState | None:
+        model = self._models[event.model]
+        sequence = Sequence(event.request_id, model, event.prompt_tokens, event.output_tokens, self._now_s)
+        refusal = admission.admit(model, sequence, draining=self._draining)
+        if refusal is not None:
+            actions.append(refusal)
+            return None
+        self._sequences[event.request_id] = sequence
+        model.queue.append(sequence)
+        return model
+
+    def _step_done(self, event: StepDone, actions: list[Action]) -> ModelState | None:
+        model, replica = self._model_of[event.replica_id], self._replicas[event.replica_id]
+        step = replica.step
+        if step is None or step.step_id != event.step_id:
+            return None  # a step of a replica that has gone down meanwhile
+        replica.step = None
+        for s in replica.decoding:
+            s.emitted += 1
+        replica.context_tokens += len(replica.decoding)
+        if step.prefills:
+            self._prefilled(replica, step)
+        ended = event.ended
+        finished = [
+            s for s in replica.decoding if s.emitted >= s.output_tokens or s.cancelled or (ended and s.request_id in ended)
+        ]
+        for s in finished:
+            self._forget(s)
+            if not s.cancelled:
+                model.completions.append(self._now_s)
+                actions.append(Complete(s.request_id))
+        return model
+
+    def _prefilled(self, replica: ReplicaState, step: RunStep) -> None:
+        for prefill in step.prefills:
+            s = self._sequences[prefill.request_id]
+            s.prefilled += prefill.tokens
+            if prefill.last:
+                s.emitted = 1
+                replica.prefilling.remove(s)
+                replica.decoding.append(s)
+                replica.context_tokens += s.prompt_tokens + 1
+        for s in [s for s in replica.prefilling if s.cancelled]:
+            self._forget(s)
+
+    def _step_failed(self, event: StepFailed, actions: list[Action]) -> ModelState | None:
+        replica = self._replicas[event.replica_id]
+        step = replica.step
+        if step is None or step.step_id != event.step_id:
+            return None
+        replica.step = None
+        self._fail([self._sequences[i] for i in (*step.decodes, *(p.request_id for p in step.prefills))], event.reason, actions)
+        return self._model_of[event.replica_id]
+
+    def _cancel(self, event: Cancel, actions: list[Action]) -> ModelState | None:
+        s = self._sequences.get(event.request_id)
+        if s is None:
+            return None
+        s.cancelled = True
+        replica = s.replica
+        if replica is None:
+            s.model.queue.remove(s)
+            del self._sequences[s.request_id]
+        elif replica.step is None:
+            self._forget(s)
+        # else the step that is running still names it: its place is free when that step is done
+        return s.model
+
+    def _replica_up(self, event: ReplicaUp, actions: list[Action]) -> ModelState | None:
+        self._replicas[event.replica_id].up = True
+        return self._model_of[event.replica_id]
+
+    def _replica_down(self, event: ReplicaDown, actions: list[Action]) -> ModelState | None:
+        model, replica = self._model_of[event.replica_id], self._replicas[event.replica_id]
+        replica.up = False
+        replica.step = None
+        self._fail(list(replica.sequences()), "replica_lost", actions)
+        if not any(r.up for r in model.replicas):
+            self._fail(list(model.queue), "no_replica", actions)
+            model.queue.clear()
+        return model
+
+    def _drain(self, event: Drain, actions: list[Action]) -> ModelState | None:
+        self._draining = True
+        return None
+
+    # --- between events -------------------------------------------------------------------------------------------
+
+    def _start_steps(self, model: ModelState, actions: list[Action]) -> None:
+        """Starts whatever can start: afterwards no idle replica has work that is due."""
+        if model.decoder:
+            self._join(model)
+            for replica in model.replicas:
+                if replica.idle and replica.running:
+                    self._start(model, replica, batching.iteration, actions)
+            return
+        while model.queue and self._now_s >= batching.batch_due_s(model):
+            chosen = dispatch.least_loaded(model, model.queue[0])
+            if chosen is None or not chosen.idle:
+                return
+            while model.queue and chosen.running < model.batching.max_batch_size:
+                chosen.take(model.queue.popleft())
+            self._start(model, chosen, batching.single_step, actions)
+
+    def _join(self, model: ModelState) -> None:
+        while model.queue:
+            replica = dispatch.least_loaded(model, model.queue[0])
+            if replica is None or not replica.idle:
+                return
+            replica.take(model.queue.popleft())
+
+    def _start(
+        self,
+        model: ModelState,
+        replica: ReplicaState,
+        make_step: Callable[[ModelState, ReplicaState, int], RunStep],
+        actions: list[Action],
+    ) -> None:
+        self._steps += 1
+        replica.step = make_step(model, replica, self._steps)
+        actions.append(replica.step)
+
+    def _fail(self, sequences: list[Sequence], reason: str, actions: list[Action]) -> None:
+        for s in sequences:
+            self._forget(s)
+            if not s.cancelled:
+                actions.append(Fail(s.request_id, reason))
+
+    def _forget(self, s: Sequence) -> None:
+        """Frees the sequence's place in the batch and its KV cache."""
+        del self._sequences[s.request_id]
+        replica = s.replica
+        if replica is None:
+            return
+        if s.emitted:
+            replica.decoding.remove(s)
+            replica.context_tokens -= s.prompt_tokens + s.emitted
+        else:
+            replica.prefilling.remove(s)
+        replica.kv_reserved -= s.kv_tokens
+
+    def check_invariants(self) -> None:
+        """Raises AssertionError when the state contradicts itself. For tests and for a server's debug mode."""
+        seen: list[Sequence] = []
+        for model in self._models.values():
+            assert len(model.queue) <= model.batching.max_queue_size, "queues are bounded"
+            assert all(s.replica is None and s.emitted == 0 for s in model.queue), "what waits has not started"
+            seen += model.queue
+            for replica in model.replicas:
+                mine = list(replica.sequences())
+                seen += mine
+                assert replica.running <= model.batching.max_batch_size, "batches are bounded"
+                assert replica.kv_reserved == sum(s.kv_tokens for s in mine), "KV cache is accounted for"
+                limit = replica.spec.kv_tokens_max
+                assert limit is None or replica.kv_reserved <= limit, "KV cache fits"
+                context = sum(s.prompt_tokens + s.emitted for s in replica.decoding)
+                assert replica.context_tokens == context, "contexts are accounted for"
+                assert replica.up or not mine, "nothing runs on a replica that is down"
+                assert (replica.step is not None) or not mine, "no sequence sits on an idle replica"
+            if model.queue and model.decoder:
+                chosen = dispatch.least_loaded(model, model.queue[0])
+                assert chosen is None or not chosen.idle, "no idle replica leaves work waiting"
+        assert {s.request_id for s in seen} == set(self._sequences), "every sequence is in one place"
+        assert len(seen) == len(self._sequences), "and in one only"

@@ -1,0 +1,96 @@
+"""What the core remembers: sequences, replicas, and one queue per model. Changed only through `core.ServingCore`."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+from gpuplan.policy.vocabulary import RunStep
+from gpuplan.scenario.demand import BatchingSpec
+from gpuplan.scenario.deployment import Replica
+
+DRAIN_WINDOW = 64
+"""Completions over which a model's drain rate is taken: long enough to smooth batches, short enough to follow load."""
+
+
+class Sequence:
+    """One admitted request and how far it has come. `model` is its ModelState."""
+
+    __slots__ = ("arrived_s", "cancelled", "emitted", "model", "output_tokens", "prefilled", "prompt_tokens", "replica", "request_id")
+
+    def __init__(self, request_id: int, model: ModelState, prompt_tokens: int, output_tokens: int, arrived_s: float) -> None:
+        self.request_id = request_id
+        self.model = model
+        self.prompt_tokens = prompt_tokens
+        self.output_tokens = output_tokens
+        self.arrived_s = arrived_s
+        self.prefilled = 0
+        self.emitted = 0
+        self.cancelled = False
+        self.replica: ReplicaState | None = None
+
+    @property
+    def kv_tokens(self) -> int:
+        """KV cache reserved for the whole of it: prompt and every token it may get."""
+        return self.prompt_tokens + self.output_tokens
+
+
+class ReplicaState:
+    """A replica's sequences: those whose prompt is still being read, and those that get a token every step."""
+
+    __slots__ = ("context_tokens", "decoding", "kv_reserved", "order", "prefilling", "spec", "step", "up")
+
+    def __init__(self, spec: Replica, order: int) -> None:
+        self.spec = spec
+        self.order = order
+        self.up = False
+        self.step: RunStep | None = None
+        self.prefilling: list[Sequence] = []
+        self.decoding: list[Sequence] = []
+        self.kv_reserved = 0
+        self.context_tokens = 0
+
+    @property
+    def running(self) -> int:
+        return len(self.prefilling) + len(self.decoding)
+
+    @property
+    def idle(self) -> bool:
+        return self.up and self.step is None
+
+    def sequences(self) -> Iterator[Sequence]:
+        yield from self.prefilling
+        yield from self.decoding
+
+    def has_room_for(self, sequence: Sequence, batching: BatchingSpec) -> bool:
+        """A place in the batch and KV cache for all of it: an admitted sequence never runs out of memory."""
+        if not self.up or self.running >= batching.max_batch_size:
+            return False
+        limit = self.spec.kv_tokens_max
+        return limit is None or self.kv_reserved + sequence.kv_tokens <= limit
+
+    def take(self, sequence: Sequence) -> None:
+        sequence.replica = self
+        self.prefilling.append(sequence)
+        self.kv_reserved += sequence.kv_tokens
+
+
+class ModelState:
+    """A model's queue, its replicas in order of the deployment, and when its last requests completed."""
+
+    __slots__ = ("batching", "completions", "decoder", "name", "queue", "replicas")
+
+    def __init__(self, name: str, decoder: bool, batching: BatchingSpec, replicas: list[ReplicaState]) -> None:
+        self.name = name
+        self.decoder = decoder
+        self.batching = batching
+        self.replicas = replicas
+        self.queue: deque[Sequence] = deque()
+        self.completions: deque[float] = deque(maxlen=DRAIN_WINDOW)
+
+    def drain_s(self) -> float:
+        """Seconds that the queue needs to drain at the recent rate of completions; 1 where there is none yet."""
+        if len(self.completions) < 2 or self.completions[-1] <= self.completions[0]:
+            return 1.0
+        rate = (len(self.completions) - 1) / (self.completions[-1] - self.completions[0])
+        return len(self.queue) / rate

@@ -1,0 +1,138 @@
+"""The words between the core and whatever drives it: events go in, actions come out.
+
+All are frozen structs that encode to JSON with a `type` tag, so the decision log is these very objects (msgspec's
+structs are chosen over dataclasses because the core makes two or three of them a step). Requests are integers given
+out by the driver; replicas are named as in the deployment.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import Struct
+
+from gpuplan.hardware.roofline import StepLoad
+
+RejectReason = Literal["queue_full", "draining", "no_replica", "too_long"]
+
+
+class Word(Struct, frozen=True, tag_field="type", tag=True, omit_defaults=True):
+    """An event or an action."""
+
+
+# --- events -------------------------------------------------------------------------------------------------------
+
+
+class Arrive(Word):
+    """A request has come. `output_tokens` is the most it may get; 0 for a model that answers in one step."""
+
+    request_id: int
+    model: str
+    prompt_tokens: int
+    output_tokens: int = 0
+    client_id: str = ""
+
+
+class StepDone(Word):
+    """A step has run. `ended` names sequences whose engine met an end of text before their limit."""
+
+    replica_id: str
+    step_id: int
+    ended: tuple[int, ...] = ()
+
+
+class StepFailed(Word):
+    """A step has failed as a whole."""
+
+    replica_id: str
+    step_id: int
+    reason: str
+
+
+class Cancel(Word):
+    """The client is gone or has waited long enough: the request's place is free again."""
+
+    request_id: int
+
+
+class ReplicaUp(Word):
+    """A replica is loaded and warm: it may be given work. Replicas start down."""
+
+    replica_id: str
+
+
+class ReplicaDown(Word):
+    """A replica is gone; what ran there is lost."""
+
+    replica_id: str
+
+
+class Drain(Word):
+    """No new requests from here on; those admitted finish."""
+
+
+class Wake(Word):
+    """The time that `next_timer_s` named has come."""
+
+
+Event = Arrive | StepDone | StepFailed | Cancel | ReplicaUp | ReplicaDown | Drain | Wake
+
+# --- actions ------------------------------------------------------------------------------------------------------
+
+
+class Reject(Word):
+    """Refuse a request that has just arrived."""
+
+    request_id: int
+    reason: RejectReason
+    retry_after_s: float = 0.0
+
+
+class Prefill(Struct, frozen=True, array_like=True):
+    """`tokens` more of a request's prompt; after the last of them its first token is there."""
+
+    request_id: int
+    tokens: int
+    last: bool
+
+
+class RunStep(Word):
+    """Run one step on an idle replica: prefill these, decode one token for those."""
+
+    replica_id: str
+    step_id: int
+    prefills: tuple[Prefill, ...]
+    decodes: tuple[int, ...]
+    load: StepLoad
+    waiting: int
+
+    def answered(self) -> tuple[int, ...]:
+        """The requests that get a token (or their one answer) when the step is done."""
+        if not self.prefills:
+            return self.decodes
+        return (*self.decodes, *(p.request_id for p in self.prefills if p.last))
+
+
+class Complete(Word):
+    """The request has all it asked for."""
+
+    request_id: int
+
+
+class Fail(Word):
+    """An admitted request is lost, and why."""
+
+    request_id: int
+    reason: str
+
+
+Action = Reject | RunStep | Complete | Fail
+EVENTS: tuple[type[Word], ...] = (Arrive, StepDone, StepFailed, Cancel, ReplicaUp, ReplicaDown, Drain, Wake)
+
+
+class Decision(Struct, frozen=True):
+    """One line of the decision log."""
+
+    at_s: float
+    event: Event
+    actions: list[Action]

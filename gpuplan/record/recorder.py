@@ -1,0 +1,213 @@
+"""Takes down what happens, row by row, in the columns of `run`.
+
+Three sides write here: the driver of a core (`decided`), whoever saw the answers (`answered`), and telemetry
+(`sampled`). Rows are kept in memory and become tables once, at the end. Times are on the writer's clock; `tables`
+subtracts the start that it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+
+from gpuplan.policy.vocabulary import Action, Arrive, Complete, Decision, Event, Fail, Reject, RunStep, StepDone, StepFailed
+from gpuplan.record.run import BATCH_COLUMNS, REQUEST_COLUMNS, TELEMETRY_COLUMNS
+from gpuplan.scenario.deployment import Deployment
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Answer(msgspec.Struct, kw_only=True):
+    """One request as its client saw it: the first part of REQUEST_COLUMNS, by name."""
+
+    request_id: int
+    traffic_class: str
+    model: str
+    warmup: bool
+    prompt_tokens: int
+    output_tokens: int
+    scheduled_s: float
+    sent_s: float | None = None
+    first_token_s: float | None = None
+    done_s: float | None = None
+    tokens: int = 0
+    merged_tokens: int = 0
+    gaps_ms: Sequence[float] = ()
+    status: str = "completed"
+    error: str | None = None
+    message: str | None = None
+    http_status: int | None = None
+
+
+class Served:
+    """One request as the core saw it."""
+
+    __slots__ = ("arrived_s", "client_id", "finished_s", "first_token_s", "outcome", "replica", "started_s", "token_s")
+
+    def __init__(self, client_id: str, arrived_s: float) -> None:
+        self.client_id = client_id
+        self.arrived_s = arrived_s
+        self.started_s: float | None = None
+        self.first_token_s: float | None = None
+        self.finished_s: float | None = None
+        self.replica: str | None = None
+        self.outcome = "running"
+        self.token_s: list[float] = []
+
+
+class Sample(NamedTuple):
+    """One reading: TELEMETRY_COLUMNS in order. None is a reading that was not to be had, never zero."""
+
+    time_s: float
+    source: str
+    gpu: str
+    slice: str | None
+    gpu_utilization: float | None
+    memory_used_bytes: float | None
+    memory_total_bytes: float | None
+    power_w: float | None
+    energy_j: float | None
+
+
+class Tables(NamedTuple):
+    """The three tables of a run."""
+
+    requests: pd.DataFrame
+    batches: pd.DataFrame
+    telemetry: pd.DataFrame
+
+
+class Recorder:
+    """Rows of one run. `keep_tokens` keeps each token's time (a simulation has no client to see them);
+    `keep_decisions` keeps the log that a core can be replayed from."""
+
+    def __init__(self, deployment: Deployment, *, keep_tokens: bool = False, keep_decisions: bool = True) -> None:
+        self._slices = {r.id: (r.model, r.slice.id) for r in deployment.replicas}
+        self._keep_tokens = keep_tokens
+        self._keep_decisions = keep_decisions
+        self._encoder = msgspec.json.Encoder()
+        self._open: dict[str, tuple[RunStep, float]] = {}
+        self._batches: list[tuple[Any, ...]] = []
+        self._answers: list[Answer] = []
+        self._samples: list[Sample] = []
+        self.served: dict[int, Served] = {}
+        self.decisions: list[bytes] = []
+
+    def decided(self, event: Event, actions: list[Action], *, now_s: float) -> None:
+        """An event was handled at `now_s` and these actions came of it."""
+        if self._keep_decisions:
+            self.decisions.append(self._encoder.encode(Decision(now_s, event, actions)))
+        kind = type(event)
+        if kind is StepDone or kind is StepFailed:
+            self._step_over(event, now_s)  # type: ignore[arg-type]
+        elif kind is Arrive:
+            self.served[event.request_id] = Served(event.client_id, now_s)  # type: ignore[union-attr]
+        for action in actions:
+            match action:
+                case RunStep():
+                    self._step_begun(action, now_s)
+                case Complete(request_id=request_id):
+                    self._ended(request_id, "completed", now_s)
+                case Reject(request_id=request_id, reason=reason):
+                    self._ended(request_id, reason, now_s)
+                case Fail(request_id=request_id, reason=reason):
+                    self._ended(request_id, reason, now_s)
+
+    def answered(self, answer: Answer) -> None:
+        """A client has all it will get of this request."""
+        self._answers.append(answer)
+
+    def sampled(self, samples: Iterable[Sample]) -> None:
+        """Telemetry was read."""
+        self._samples.extend(samples)
+
+    def tables(self, *, start_s: float = 0.0) -> Tables:
+        """All rows as tables, their times counted from `start_s`."""
+        served_by_client = {s.client_id: s for s in self.served.values() if s.client_id}
+        requests = [
+            (*msgspec.structs.astuple(a), *_server_view(served_by_client.get(str(a.request_id)))) for a in self._answers
+        ]
+        return Tables(
+            requests_table(requests, start_s),
+            frame(self._batches, BATCH_COLUMNS, start_s, ("started_s", "done_s")),
+            frame(self._samples, TELEMETRY_COLUMNS, start_s, ("time_s",)),
+        )
+
+    # --- the driver's side ----------------------------------------------------------------------------------------
+
+    def _step_begun(self, step: RunStep, now_s: float) -> None:
+        self._open[step.replica_id] = (step, now_s)
+        for prefill in step.prefills:
+            served = self.served[prefill.request_id]
+            if served.started_s is None:
+                served.started_s = now_s
+                served.replica = step.replica_id
+
+    def _step_over(self, event: StepDone | StepFailed, now_s: float) -> None:
+        step, started_s = self._open.pop(event.replica_id, (None, 0.0))
+        if step is None:
+            return
+        failed = type(event) is StepFailed
+        load = step.load
+        model, part = self._slices[step.replica_id]
+        batch_size = len(step.prefills) + len(step.decodes)
+        self._batches.append(
+            (
+                step.step_id,
+                model,
+                step.replica_id,
+                part,
+                started_s,
+                now_s,
+                batch_size,
+                load.prefill_tokens,
+                load.attended_pairs,
+                load.decodes,
+                load.context_tokens,
+                load.samples,
+                step.waiting,
+                failed,
+            )
+        )
+        if failed:
+            return
+        if self._keep_tokens:
+            for request_id in step.answered():
+                self.served[request_id].token_s.append(now_s)
+        for prefill in step.prefills:
+            if prefill.last:
+                self.served[prefill.request_id].first_token_s = now_s
+
+    def _ended(self, request_id: int, outcome: str, now_s: float) -> None:
+        served = self.served[request_id]
+        served.finished_s = now_s
+        served.outcome = outcome
+
+
+def requests_table(rows: list[tuple[Any, ...]], start_s: float) -> pd.DataFrame:
+    """Rows of REQUEST_COLUMNS as a table. Client times count from the start already; the server's do not."""
+    return frame(rows, REQUEST_COLUMNS, start_s, ("arrived_s", "started_s", "finished_s"))
+
+
+def frame(
+    rows: Sequence[tuple[Any, ...]], columns: dict[str, str], start_s: float, shifted: tuple[str, ...]
+) -> pd.DataFrame:
+    """Rows as a table with exactly these columns and types, `shifted` ones counted from `start_s`."""
+    import pandas as pd
+
+    names = list(columns)
+    data = dict(zip(names, zip(*rows, strict=True), strict=True)) if rows else {name: () for name in names}
+    kinds = {"int64": "Int64", "float64": "float64", "bool": "bool", "string": "object", "list": "object"}
+    table = pd.DataFrame({name: pd.Series(list(data[name]), dtype=kinds[columns[name]]) for name in names})
+    for name in shifted:
+        table[name] = table[name] - start_s
+    return table
+
+
+def _server_view(served: Served | None) -> tuple[Any, ...]:
+    if served is None:
+        return (None, None, None, None)
+    return (served.replica, served.arrived_s, served.started_s, served.finished_s)

@@ -1,0 +1,121 @@
+"""A run folder: the files other tools rely on, written and read here and nowhere else.
+
+`run.json`, `requests.parquet`, `batches.parquet`, `telemetry.parquet`, `decisions.jsonl`; beside them whatever was
+derived from the run (`summary.json`, `plan.json`). Every file is written under another name and renamed, so a reader
+never meets half of one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from gpuplan.errors import InputError
+from gpuplan.record import run as run_module
+from gpuplan.record.run import Run, RunMeta
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TABLES = {
+    "requests": run_module.REQUEST_COLUMNS,
+    "batches": run_module.BATCH_COLUMNS,
+    "telemetry": run_module.TELEMETRY_COLUMNS,
+}
+
+
+def prepare(folder: Path) -> Path:
+    """Makes the folder and proves that it can be written, before anything is measured. Raises InputError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"cannot write there: {error.strerror}", key="--out", value=str(folder), allowed="a folder you may write to"
+        ) from None
+    return folder
+
+
+def write(run: Run, folder: Path) -> None:
+    """Writes every file of the run."""
+    write_json(folder / "run.json", msgspec.to_builtins(run.meta))
+    for name, columns in TABLES.items():
+        write_table(getattr(run, name), columns, folder / f"{name}.parquet")
+    _replace(folder / "decisions.jsonl", lambda path: path.write_bytes(b"".join(line + b"\n" for line in run.decisions)))
+
+
+def read(folder: Path) -> Run:
+    """The run in a folder. Raises InputError when it is none, or of a schema this version does not know."""
+    try:
+        raw = json.loads((folder / "run.json").read_bytes())
+        if raw.get("schema_version", 0) > run_module.SCHEMA_VERSION:
+            raise InputError(
+                "written by a newer gpuplan", file=str(folder / "run.json"), key="schema_version",
+                value=raw["schema_version"], allowed=f"up to {run_module.SCHEMA_VERSION}",
+            )  # fmt: skip
+        meta = msgspec.convert(raw, RunMeta)
+        tables = {name: read_table(folder / f"{name}.parquet", columns) for name, columns in TABLES.items()}
+        log = folder / "decisions.jsonl"
+        decisions = tuple(log.read_bytes().splitlines()) if log.exists() else ()
+    except (OSError, ValueError, msgspec.ValidationError) as error:
+        reason = (error.strerror or "") if isinstance(error, OSError) else str(error)
+        raise InputError(f"not a run folder: {reason}", key="RUN", value=str(folder)) from None
+    return Run(meta, **tables, decisions=decisions)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Strict JSON: NaN and infinity become null."""
+    text = json.dumps(_finite(data), indent=2, allow_nan=False) + "\n"
+    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_table(table: pd.DataFrame, columns: dict[str, str], path: Path) -> None:
+    """A Parquet file with exactly these columns and types."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kinds = {
+        "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_(),
+        "string": pa.string(), "list": pa.list_(pa.float64()),
+    }  # fmt: skip
+    schema = pa.schema([(name, kinds[kind]) for name, kind in columns.items()])
+    arrow = pa.Table.from_pandas(table[list(columns)], schema=schema, preserve_index=False)
+    _replace(path, lambda temporary: pq.write_table(arrow, temporary))
+
+
+def read_table(path: Path, columns: dict[str, str]) -> pd.DataFrame:
+    """The table, with nulls for columns that an older version did not write."""
+    import pandas as pd
+    import pyarrow.parquet as pq
+
+    arrow = pq.read_table(path)
+    table: pd.DataFrame = arrow.to_pandas()
+    for name, kind in columns.items():
+        if name not in table:
+            table[name] = None
+        if kind == "int64":
+            table[name] = table[name].astype("Int64")
+    return table[list(columns)]
+
+
+def _replace(path: Path, write_to: Callable[[Path], object]) -> None:
+    temporary = path.with_name(path.name + ".part")
+    write_to(temporary)
+    temporary.replace(path)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {str(key): _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(item) for item in data]
+    if isinstance(data, float) and not math.isfinite(data):
+        return None
+    return data

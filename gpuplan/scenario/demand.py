@@ -1,0 +1,214 @@
+"""What is asked: the traffic classes of a scenario, their arrivals, lengths and SLOs.
+
+These structs are the scenario file's shape, key by key: `files.build` reads them by their types, so a new key is a
+new field here and nothing else. Durations are seconds, lengths tokens, rates requests per second.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+Duration = Annotated[float, Meta(ge=0.0, extra={"duration": True})]
+"""Seconds; in a file also `250ms`, `60s`, `5m`, `1h`."""
+Rate = Annotated[float, Meta(gt=0.0, le=1e6)]
+Count = Annotated[int, Meta(ge=1, le=10_000_000)]
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+
+
+class Section(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A mapping in the file whose unknown keys are errors."""
+
+
+# --- arrivals -----------------------------------------------------------------------------------------------------
+
+
+class Constant(Section, tag_field="process", tag="constant"):
+    """Equal gaps of 1 / rate."""
+
+    rate: Rate
+
+
+class Poisson(Section, tag_field="process", tag="poisson"):
+    """Independent arrivals: exponential gaps."""
+
+    rate: Rate
+
+
+class Gamma(Section, tag_field="process", tag="gamma"):
+    """Gamma gaps with shape = burstiness, as vLLM's and AIPerf's load generators mean it: 1 is Poisson, less is
+    burstier, more is steadier."""
+
+    rate: Rate
+    burstiness: Annotated[float, Meta(gt=0.0)] = 1.0
+
+
+class Trace(Section, tag_field="process", tag="trace"):
+    """Recorded arrivals and lengths, from a CSV that `gpuplan scenario import` wrote."""
+
+    file: str
+
+
+Arrivals = Constant | Poisson | Gamma | Trace
+
+
+# --- lengths ------------------------------------------------------------------------------------------------------
+
+
+class Uniform(Section):
+    """Whole numbers from `min` to `max`, both included."""
+
+    min: Count
+    max: Count
+
+
+class Lognormal(Section):
+    """A lognormal through its median and 95th percentile."""
+
+    p50: Annotated[float, Meta(gt=0.0)]
+    p95: Annotated[float, Meta(gt=0.0)]
+    max: Count | None = None
+
+
+class Lengths(Section):
+    """Exactly one of its keys. `quantiles` maps min, pNN and max to values, joined by straight lines."""
+
+    uniform: Uniform | None = None
+    lognormal: Lognormal | None = None
+    quantiles: dict[str, float] | None = None
+
+
+# --- the classes --------------------------------------------------------------------------------------------------
+
+SLO_METRICS = ("ttft_ms", "tpot_ms", "itl_ms", "e2el_ms")
+SLO_STATISTICS = ("mean", "p50", "p90", "p95", "p99", "p999", "max")
+
+
+class TrafficClass(Section):
+    """One kind of request: where it goes, when, how long, and how fast it must be answered."""
+
+    name: Name
+    model: Name
+    arrivals: Arrivals
+    prompt_tokens: Count | Lengths | None = None
+    output_tokens: Count | Lengths | None = None
+    slo: dict[str, dict[str, Annotated[float, Meta(gt=0.0)]]] = {}
+
+    def limits_ms(self) -> dict[str, float]:
+        """Per metric, the limit that one request must keep to count as good: the loosest of its percentiles."""
+        return {metric: max(limits.values()) for metric, limits in self.slo.items()}
+
+
+class ModelSource(Section):
+    """Exactly one of: `builtin` (a model the package makes itself), `onnx` (a file), `emulate` (a model shape)."""
+
+    builtin: Literal["sentiment"] | None = None
+    onnx: str | None = None
+    emulate: str | None = None
+
+
+class BatchingSpec(Section):
+    """How large a batch may grow and how long it may wait for company.
+
+    `max_batch_tokens` bounds the prompt tokens of one decoder step, so that a long prompt is prefilled in chunks
+    and does not stall the tokens of others (vLLM's default with chunked prefill is 2048).
+    """
+
+    max_batch_size: Annotated[int, Meta(ge=1, le=4096)] = 32
+    max_queue_delay: Duration = 0.0
+    max_queue_size: Annotated[int, Meta(ge=1, le=1_000_000)] = 256
+    max_batch_tokens: Annotated[int, Meta(ge=16, le=1_000_000)] = 2048
+
+
+class ReplicaSpec(Section):
+    """`count` copies of a model, each on a slice of its own of that profile."""
+
+    model: Name
+    slice: str = "whole"
+    count: Annotated[int, Meta(ge=1, le=1024)] = 1
+
+
+class AutoscaleSpec(Section):
+    """`cold_start` is the time from asking for a replica until it serves."""
+
+    cold_start: Duration = 45.0
+    max_gpus: Annotated[int, Meta(ge=1, le=1024)] = 8
+
+
+class DeploymentSpec(Section):
+    """The file's `deployment`: `count` cards of one kind, each cut by `mig` (left out: not cut)."""
+
+    gpu: str
+    count: Annotated[int, Meta(ge=1, le=1024)] = 1
+    mig: list[str] = []
+    replicas: list[ReplicaSpec] = []
+    batching: dict[str, BatchingSpec] = {}
+    autoscale: AutoscaleSpec = AutoscaleSpec()
+    price_per_hour: Annotated[float, Meta(ge=0.0)] | None = None
+
+
+class Scenario(Section):
+    """A scenario file. `duration` is how long requests are sent; those sent in `warmup` are left out of summaries."""
+
+    name: Name
+    models: dict[Name, ModelSource]
+    deployment: DeploymentSpec
+    traffic: list[TrafficClass] = []
+    seed: Annotated[int, Meta(ge=0)] = 0
+    duration: Duration = 60.0
+    warmup: Duration = 0.0
+
+    def traffic_of(self, model: str) -> list[TrafficClass]:
+        """The classes that ask for `model`, in file order."""
+        return [c for c in self.traffic if c.model == model]
+
+
+def mean_tokens(lengths: int | Lengths | None) -> float:
+    """The mean of a length distribution (for estimates; schedules draw from the distribution itself)."""
+    import math
+
+    match lengths:
+        case None:
+            return 0.0
+        case int():
+            return float(lengths)
+        case Lengths(uniform=Uniform(min=low, max=high)):
+            return (low + high) / 2
+        case Lengths(lognormal=Lognormal(p50=p50, p95=p95)):
+            return p50 * math.exp(lognormal_sigma(p50, p95) ** 2 / 2)
+        case Lengths(quantiles=dict() as quantiles):
+            points = quantile_points(quantiles)
+            return sum((q1 - q0) * (v0 + v1) / 2 for (q0, v0), (q1, v1) in zip(points, points[1:], strict=False))
+    raise AssertionError("a Lengths has exactly one kind: files.check sees to it")
+
+
+def lognormal_sigma(p50: float, p95: float) -> float:
+    """The sigma of the lognormal with that median and 95th percentile (1.6449 is the normal's 95 % point)."""
+    import math
+
+    return math.log(p95 / p50) / 1.6448536269514722
+
+
+def quantile_points(quantiles: dict[str, Any]) -> list[tuple[float, float]]:
+    """`{min: 3, p50: 100, max: 9000}` as sorted (probability, value) points.
+
+    Raises ValueError for a key that is not min, max or pNN (p999 is 0.999).
+    """
+    points = sorted((quantile_of(key), float(value)) for key, value in quantiles.items())
+    if points[0][0] != 0.0 or points[-1][0] != 1.0:
+        raise ValueError("needs min and max")
+    if any(v0 > v1 for (_, v0), (_, v1) in zip(points, points[1:], strict=False)):
+        raise ValueError("values must not fall as the percentile rises")
+    return points
+
+
+def quantile_of(key: str) -> float:
+    """The probability that `min`, `pNN` or `max` names. Raises ValueError for other words."""
+    if key in ("min", "max"):
+        return float(key == "max")
+    if not key.startswith("p") or not key[1:].replace(".", "", 1).isdigit():
+        raise ValueError(f"{key!r} is not min, max or pNN")
+    digits = key[1:]
+    share = float(digits) / 100 if "." in digits or len(digits) <= 2 else float(f"0.{digits}")
+    return share

@@ -1,0 +1,183 @@
+"""What answers: cards, the slices they are cut into, and the replicas that run on them.
+
+`resolve` turns the file's `deployment` into a `Deployment` whose every replica has a slice of its own. It raises
+InputError for what cannot be: a layout the card does not allow, a slice that is not there, a model that does not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from gpuplan.errors import InputError
+from gpuplan.hardware import catalog, mig, roofline, shapes
+from gpuplan.scenario.demand import AutoscaleSpec, BatchingSpec, DeploymentSpec, ModelSource, ReplicaSpec, Scenario
+
+CPU = "cpu"
+
+Role = Literal["decoder", "classifier"]
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A GPU instance, a whole card, or (with `profile` None) the host's CPU."""
+
+    gpu_index: int
+    profile: mig.Profile | None
+    start: int
+
+    @property
+    def name(self) -> str:
+        return self.profile.name if self.profile else CPU
+
+    @property
+    def id(self) -> str:
+        if self.profile is None:
+            return CPU
+        return f"gpu{self.gpu_index}/{self.name}@{self.start}"
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """One copy of a model on one slice. `kv_tokens_max` is None for a model without a KV cache."""
+
+    id: str
+    model: str
+    role: Role
+    slice: Slice
+    kv_tokens_max: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """The supply side: `gpu` is None for the host's CPU. `layouts` holds each card's profile names."""
+
+    gpu: catalog.Gpu | None
+    price_per_hour: float
+    layouts: tuple[tuple[str, ...], ...]
+    slices: tuple[Slice, ...]
+    replicas: tuple[Replica, ...]
+    batching: Mapping[str, BatchingSpec]
+    autoscale: AutoscaleSpec
+    models: Mapping[str, ModelSource]
+
+    @property
+    def gpu_name(self) -> str:
+        return self.gpu.name if self.gpu else CPU
+
+    def replicas_of(self, model: str) -> list[Replica]:
+        return [replica for replica in self.replicas if replica.model == model]
+
+    def with_batching(self, model: str, batching: BatchingSpec) -> Deployment:
+        """The same deployment with another batching rule for one model."""
+        return replace(self, batching={**self.batching, model: batching})
+
+
+def role(source: ModelSource) -> Role:
+    """What a request to this model gets back: a stream of tokens or one answer."""
+    return shapes.shape(source.emulate).role if source.emulate else "classifier"
+
+
+def shape_of(source: ModelSource) -> shapes.ModelShape | None:
+    """The shape by which a model is emulated and planned; None for an ONNX file, which has to be measured."""
+    name = source.emulate or source.builtin
+    return shapes.shape(name) if name else None
+
+
+def resolve(scenario: Scenario) -> Deployment:
+    """The scenario's own deployment."""
+    return build(scenario.deployment, scenario.models)
+
+
+def build(spec: DeploymentSpec, models: Mapping[str, ModelSource]) -> Deployment:
+    """Places every slice and gives each replica one. Raises InputError naming the key that cannot be met."""
+    if spec.gpu.lower() == CPU:
+        if spec.mig:
+            raise InputError("a CPU has no MIG slices", key="deployment.mig", value=spec.mig, allowed="leave it out")
+        gpu, layout = None, (CPU,)
+        slices = tuple(Slice(0, None, 0) for replica in _replica_specs(spec, models) for _ in range(replica.count))
+    else:
+        gpu = catalog.gpu(spec.gpu)
+        slices = tuple(part for i in range(spec.count) for part in _cut(gpu, i, spec.mig))
+        layout = tuple(part.name for part in slices if part.gpu_index == 0)
+    price = spec.price_per_hour if spec.price_per_hour is not None else gpu.price_per_hour if gpu else 0.0
+    batching = {name: spec.batching.get(name, BatchingSpec()) for name in models}
+    return Deployment(
+        gpu=gpu,
+        price_per_hour=price,
+        layouts=(layout,) * spec.count,
+        slices=slices,
+        replicas=_assign(_replica_specs(spec, models), models, list(slices)),
+        batching=batching,
+        autoscale=spec.autoscale,
+        models=dict(models),
+    )
+
+
+def _cut(gpu: catalog.Gpu, index: int, names: list[str]) -> list[Slice]:
+    if not names:
+        return [Slice(index, mig.whole(gpu), 0)]
+    return [Slice(index, placed.profile, placed.start) for placed in mig.place(gpu, names)]
+
+
+def _replica_specs(spec: DeploymentSpec, models: Mapping[str, ModelSource]) -> list[ReplicaSpec]:
+    """The replicas asked for; with none named, one of every model, the largest model on the largest slice."""
+    if spec.replicas:
+        return spec.replicas
+    if spec.gpu.lower() == CPU:
+        return [ReplicaSpec(model=name, slice=CPU) for name in models]
+    gpu = catalog.gpu(spec.gpu)
+    free = sorted(
+        (part.profile for part in _cut(gpu, 0, spec.mig) if part.profile),
+        key=lambda p: (p.memory_bytes, p.sm_count),
+        reverse=True,
+    )
+    by_size = sorted(models, key=lambda name: -(s.weights_bytes if (s := shape_of(models[name])) else 0))
+    if len(by_size) > len(free):
+        raise InputError(
+            f"{len(by_size)} models and {len(free)} slice(s): cut the card or name the replicas",
+            key="deployment.replicas",
+            allowed="a mig layout with a slice for every model",
+        )
+    return [ReplicaSpec(model=name, slice=part.name) for name, part in zip(by_size, free, strict=False)]
+
+
+def _assign(
+    specs: list[ReplicaSpec], models: Mapping[str, ModelSource], free: list[Slice]
+) -> tuple[Replica, ...]:
+    replicas: list[Replica] = []
+    for i, spec in enumerate(specs):
+        key = f"deployment.replicas[{i}]"
+        if spec.model not in models:
+            raise InputError("no such model", key=f"{key}.model", value=spec.model, allowed=", ".join(models))
+        source = models[spec.model]
+        on_cpu = all(part.profile is None for part in free) and bool(free)
+        wanted = CPU if on_cpu and spec.slice == mig.WHOLE else spec.slice
+        for _ in range(spec.count):
+            part = next((part for part in free if part.name == wanted), None)
+            if part is None:
+                have = ", ".join(sorted({p.name for p in free})) or "no slice is left"
+                raise InputError("no such slice is free in the layout", key=f"{key}.slice", value=wanted, allowed=have)
+            free.remove(part)
+            number = sum(1 for r in replicas if r.model == spec.model)
+            kv_tokens_max = _kv_tokens(source, part, key)
+            replicas.append(Replica(f"{spec.model}-{number}", spec.model, role(source), part, kv_tokens_max))
+    return tuple(replicas)
+
+
+def _kv_tokens(source: ModelSource, part: Slice, key: str) -> int | None:
+    model = shape_of(source)
+    if model is None or part.profile is None:
+        return None
+    tokens = roofline.kv_capacity_tokens(model, part.profile)
+    if tokens < 1:
+        need = (model.weights_bytes + roofline.RUNTIME_MEMORY_BYTES) / catalog.GIB
+        have = part.profile.memory_bytes / catalog.GIB
+        raise InputError(
+            f"{model.name} does not fit: it needs {need:.1f} GiB before any KV cache, the slice has {have:.1f} GiB",
+            key=f"{key}.slice",
+            value=part.name,
+            allowed="a slice with more memory",
+        )
+    return tokens if role(source) == "decoder" else None

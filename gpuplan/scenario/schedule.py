@@ -1,0 +1,124 @@
+"""When each request is due and how long it is: the whole list, before the first one is sent.
+
+Takes a Scenario, gives a Schedule. Deterministic by seed: every class has one generator for arrivals and one for
+lengths, so adding a class, or changing one's lengths, leaves the others' arrivals as they were. Ties in time go by
+class order in the file.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpuplan.scenario import demand, traces
+from gpuplan.scenario.demand import Lengths, Scenario, TrafficClass
+from gpuplan.scenario.deployment import role, shape_of
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRequest:
+    """A request due at `scheduled_s` after the start. `output_tokens` is 0 for a model that streams none."""
+
+    index: int
+    scheduled_s: float
+    traffic_class: str
+    model: str
+    prompt_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """All requests in order of time. `clipped` counts drawn lengths that were cut to the model's context window."""
+
+    requests: tuple[ScheduledRequest, ...]
+    duration_s: float
+    clipped: int = 0
+
+
+def build_schedule(scenario: Scenario, *, rate_scale: float = 1.0, speed: float = 1.0) -> Schedule:
+    """The scenario's requests. `rate_scale` multiplies every rate; a trace has no rate, so it multiplies its speed.
+
+    `speed` replays traces faster without touching the other processes.
+    """
+    rows: list[tuple[float, int, int, int]] = []
+    clipped = 0
+    for order, traffic in enumerate(scenario.traffic):
+        source = scenario.models[traffic.model]
+        shape = shape_of(source)
+        window = shape.context_tokens_max if shape and source.emulate else None
+        decoder = role(source) == "decoder"
+        for time_s, prompt, output in _requests(scenario, traffic, rate_scale, speed):
+            output = output if decoder else 0
+            if window is not None and prompt + output > window:
+                clipped += 1
+                prompt = min(prompt, window - 1)
+                output = min(output, window - prompt)
+            rows.append((time_s, order, prompt, output))
+    rows.sort(key=lambda row: (row[0], row[1]))
+    classes = scenario.traffic
+    requests = tuple(
+        ScheduledRequest(i, time_s, classes[order].name, classes[order].model, prompt, output)
+        for i, (time_s, order, prompt, output) in enumerate(rows)
+    )
+    return Schedule(requests, scenario.duration, clipped)
+
+
+def _requests(
+    scenario: Scenario, traffic: TrafficClass, rate_scale: float, speed: float
+) -> Iterator[tuple[float, int, int]]:
+    lengths = random.Random(f"{scenario.seed}/{traffic.name}/lengths")  # noqa: S311 - not for secrets
+    if isinstance(traffic.arrivals, demand.Trace):
+        hurry = speed * rate_scale
+        for row in traces.read(Path(traffic.arrivals.file)):
+            if row.arrived_at_s / hurry >= scenario.duration:
+                return
+            prompt = draw(traffic.prompt_tokens, lengths) if traffic.prompt_tokens else row.prompt_tokens
+            output = draw(traffic.output_tokens, lengths) if traffic.output_tokens else row.output_tokens
+            yield row.arrived_at_s / hurry, prompt, output
+        return
+    for time_s in _arrivals(traffic.arrivals, scenario, traffic.name, rate_scale):
+        yield time_s, draw(traffic.prompt_tokens, lengths), draw(traffic.output_tokens, lengths)
+
+
+def _arrivals(
+    process: demand.Constant | demand.Poisson | demand.Gamma, scenario: Scenario, name: str, rate_scale: float
+) -> Iterator[float]:
+    rng = random.Random(f"{scenario.seed}/{name}/arrivals")  # noqa: S311 - not for secrets
+    rate = process.rate * rate_scale
+    if isinstance(process, demand.Constant):
+        yield from (i / rate for i in range(math.ceil(scenario.duration * rate)))
+        return
+    shape = process.burstiness if isinstance(process, demand.Gamma) else 1.0
+    time_s = rng.gammavariate(shape, 1.0 / (rate * shape))
+    while time_s < scenario.duration:
+        yield time_s
+        time_s += rng.gammavariate(shape, 1.0 / (rate * shape))
+
+
+def draw(lengths: int | Lengths | None, rng: random.Random) -> int:
+    """One length in tokens, at least 1; None (a model that streams nothing) is 0."""
+    match lengths:
+        case None:
+            return 0
+        case int():
+            return lengths
+        case Lengths(uniform=demand.Uniform(min=low, max=high)):
+            return rng.randint(low, high)
+        case Lengths(lognormal=demand.Lognormal(p50=p50, p95=p95, max=high_or_none)):
+            value = rng.lognormvariate(math.log(p50), demand.lognormal_sigma(p50, p95))
+            return max(1, round(min(value, high_or_none) if high_or_none else value))
+        case Lengths(quantiles=dict() as quantiles):
+            return max(1, round(_at(demand.quantile_points(quantiles), rng.random())))
+    raise AssertionError("a Lengths has exactly one kind: files.check sees to it")
+
+
+def _at(points: list[tuple[float, float]], q: float) -> float:
+    """The value at probability `q` on the line through `points`."""
+    i = max(1, min(bisect.bisect_left(points, (q, -math.inf)), len(points) - 1))
+    (q0, v0), (q1, v1) = points[i - 1], points[i]
+    return v0 + (v1 - v0) * (q - q0) / (q1 - q0)

@@ -1,0 +1,89 @@
+"""Recorded traffic: rows of (arrival, prompt tokens, output tokens), read one by one.
+
+Reads gpuplan's own CSV (`arrived_at_s,prompt_tokens,output_tokens`), the Azure LLM inference trace as published
+(`TIMESTAMP,ContextTokens,GeneratedTokens`) and vidur's form of it (`arrived_at,num_prefill_tokens,num_decode_tokens`).
+Raises InputError with the file and line of a row that is not one.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from gpuplan.errors import InputError
+
+COLUMNS = ("arrived_at_s", "prompt_tokens", "output_tokens")
+_DIALECTS = (
+    COLUMNS,
+    ("TIMESTAMP", "ContextTokens", "GeneratedTokens"),
+    ("arrived_at", "num_prefill_tokens", "num_decode_tokens"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TraceRow:
+    """One recorded request; `arrived_at_s` counts from the first row."""
+
+    arrived_at_s: float
+    prompt_tokens: int
+    output_tokens: int
+
+
+def read(path: Path) -> Iterator[TraceRow]:
+    """The rows of a trace, in time order, the first at zero."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            header = [name.strip() for name in next(reader, [])]
+            dialect = next((d for d in _DIALECTS if set(d) <= set(header)), None)
+            if dialect is None:
+                known = " or ".join(",".join(d) for d in _DIALECTS)
+                raise InputError("not a known trace", file=str(path), line=1, value=",".join(header), allowed=known)
+            yield from _rows(reader, [header.index(name) for name in dialect], path)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise InputError(f"cannot read: {reason}", file=str(path)) from None
+
+
+def _rows(reader: Iterable[list[str]], columns: list[int], path: Path) -> Iterator[TraceRow]:
+    first: float | None = None
+    previous = 0.0
+    for line, cells in enumerate(reader, start=2):
+        if not cells:
+            continue
+        try:
+            moment = _seconds(cells[columns[0]])
+            first = moment if first is None else first
+            row = TraceRow(moment - first, int(cells[columns[1]]), int(cells[columns[2]]))
+        except (ValueError, IndexError):
+            raise InputError("not a trace row", file=str(path), line=line, value=",".join(cells)) from None
+        if row.prompt_tokens < 1 or row.output_tokens < 0 or row.arrived_at_s < previous:
+            raise InputError(
+                "impossible row", file=str(path), line=line, value=",".join(cells), allowed="time in order, at least 1 prompt token"
+            )
+        previous = row.arrived_at_s
+        yield row
+
+
+def write(rows: Iterable[TraceRow], path: Path) -> int:
+    """Writes gpuplan's own CSV; gives the number of rows."""
+    count = 0
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for count, row in enumerate(rows, start=1):  # noqa: B007 - the last one is the count
+            writer.writerow((f"{row.arrived_at_s:.6f}", row.prompt_tokens, row.output_tokens))
+    return count
+
+
+def _seconds(text: str) -> float:
+    """A number of seconds, or a timestamp with up to 7 digits of a second (Azure's), as seconds."""
+    try:
+        return float(text)
+    except ValueError:
+        whole, _, fraction = text.strip().removesuffix("Z").partition(".")
+        moment = datetime.fromisoformat(whole).replace(tzinfo=UTC).timestamp()
+        return moment + (float(f"0.{fraction}") if fraction else 0.0)

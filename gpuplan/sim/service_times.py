@@ -1,0 +1,109 @@
+"""How long a step takes, for a simulation: a roofline, corrected by what was measured where something was.
+
+`ServiceTimes.timer(replica)` gives a function from a step's load to seconds. Three bases, named in every plan:
+`fitted` (measured on this very slice), `scaled` (measured on another slice of the same model and card, carried over
+by the roofline's ratio), `roofline` (nothing was measured). A model without a shape, or on a CPU, has no roofline: it
+has to be measured first.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from gpuplan.errors import RunError
+from gpuplan.hardware import roofline
+from gpuplan.hardware.roofline import StepLoad
+from gpuplan.scenario.deployment import Deployment, Replica, shape_of
+
+Basis = Literal["fitted", "scaled", "roofline"]
+Timer = Callable[[StepLoad], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """`seconds = fixed_s + roofline_factor * roofline + per_token_s * prefill tokens + per_sample_s * samples`.
+
+    No coefficient is negative, so time never falls as work grows. `ratios` are measured / fitted at evenly spaced
+    ranks: the spread a simulation draws from. `error` is the mean absolute error as a share.
+    """
+
+    fixed_s: float
+    roofline_factor: float
+    per_token_s: float
+    per_sample_s: float
+    ratios: tuple[float, ...]
+    steps: int
+    error: float
+
+    def seconds(self, load: StepLoad, roofline_s: float) -> float:
+        return (
+            self.fixed_s
+            + self.roofline_factor * roofline_s
+            + self.per_token_s * load.prefill_tokens
+            + self.per_sample_s * load.samples
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceTimes:
+    """`fits` by (model, slice name). `uplink_s` and `downlink_s` are what a request and a token need outside the
+    steps: network, parsing, waking up."""
+
+    fits: Mapping[tuple[str, str], Fit]
+    uplink_s: float = 0.0
+    downlink_s: float = 0.0
+
+    def basis(self, replica: Replica) -> Basis:
+        """What the times of this replica rest on."""
+        if (replica.model, replica.slice.name) in self.fits:
+            return "fitted"
+        on_gpu = any(model == replica.model and name != "cpu" for model, name in self.fits)
+        return "scaled" if on_gpu and replica.slice.profile else "roofline"
+
+    def timer(self, deployment: Deployment, replica: Replica, rng: random.Random | None = None) -> Timer:
+        """Seconds of a step on this replica: the mean, or with `rng` a draw from the spread.
+
+        Raises RunError for a replica that has no roofline and was not measured.
+        """
+        fit = self.fits.get((replica.model, replica.slice.name)) or self._neighbour(replica)
+        base = roofline_timer(deployment, replica)
+        if base is None:
+            if fit is None:
+                raise RunError(
+                    f"no service times for {replica.model} on {replica.slice.name}: measure it first "
+                    "(gpuplan bench), then simulate or plan from that run"
+                )
+            base = _nothing
+        if fit is None:
+            return base
+        mean = _fitted(fit, base)
+        if rng is None or not fit.ratios:
+            return mean
+        choose, ratios = rng.choice, fit.ratios
+        return lambda load: mean(load) * choose(ratios)
+
+    def _neighbour(self, replica: Replica) -> Fit | None:
+        """The fit of the same model on another slice of a GPU: the one with most steps behind it."""
+        if replica.slice.profile is None:
+            return None
+        others = [fit for (model, name), fit in sorted(self.fits.items()) if model == replica.model and name != "cpu"]
+        return max(others, key=lambda fit: fit.steps, default=None)
+
+
+def roofline_timer(deployment: Deployment, replica: Replica) -> Timer | None:
+    """The roofline of the replica's model on its slice, or None where there is none."""
+    shape, card, part = shape_of(deployment.models[replica.model]), deployment.gpu, replica.slice.profile
+    if shape is None or card is None or part is None:
+        return None
+    return lambda load: roofline.step_time_s(shape, card, part, load)
+
+
+def _fitted(fit: Fit, base: Timer) -> Timer:
+    return lambda load: fit.seconds(load, base(load))
+
+
+def _nothing(load: StepLoad) -> float:
+    return 0.0

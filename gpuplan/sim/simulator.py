@@ -1,0 +1,170 @@
+"""The second driver of the core: a heap instead of an event loop.
+
+`simulate` feeds a schedule to the same `ServingCore` that serves live, lets steps take what `ServiceTimes` says, and
+writes the same rows through the same recorder. Same seed, same rows. Events at one instant go in order of their
+making.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from datetime import UTC, datetime
+
+from gpuplan.policy.core import ServingCore
+from gpuplan.policy.vocabulary import Action, Arrive, Event, ReplicaUp, RunStep, StepDone, Wake
+from gpuplan.record.recorder import Answer, Recorder, Served
+from gpuplan.record.run import Run, RunMeta
+from gpuplan.scenario import files
+from gpuplan.scenario.demand import Scenario
+from gpuplan.scenario.deployment import Deployment
+from gpuplan.scenario.schedule import Schedule, ScheduledRequest
+from gpuplan.sim.service_times import ServiceTimes
+from gpuplan.telemetry.emulated import EmulatedCards
+
+TELEMETRY_HZ = 10.0
+
+
+def simulate(
+    scenario: Scenario,
+    deployment: Deployment,
+    schedule: Schedule,
+    service_times: ServiceTimes,
+    *,
+    seed: int = 0,
+    keep_decisions: bool = False,
+    keep_telemetry: bool = True,
+) -> Run:
+    """A run of the schedule against the deployment on virtual time. Every request is followed to its end."""
+    recorder = Recorder(deployment, keep_tokens=True, keep_decisions=keep_decisions)
+    cards = EmulatedCards(deployment) if keep_telemetry else None
+    simulation = _Simulation(deployment, service_times, recorder, cards, seed)
+    simulation.run(schedule)
+    for request in schedule.requests:
+        recorder.answered(_answer(request, recorder.served[request.index], scenario.warmup, service_times.downlink_s))
+    tables = recorder.tables()
+    return Run(
+        RunMeta(
+            name=scenario.name,
+            source="simulate",
+            scenario=files.to_builtins(scenario),
+            deployment=describe(deployment),
+            seed=seed,
+            started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            duration_s=schedule.duration_s,
+            measured_s=max(schedule.duration_s, simulation.now_s),
+            target="simulation",
+            provenance=dict.fromkeys(scenario.models, "simulated"),
+            engines={r.model: f"simulated, step times {service_times.basis(r)}" for r in deployment.replicas},
+            telemetry_source="emulated" if keep_telemetry and deployment.gpu else "none",
+        ),
+        *tables,
+        decisions=tuple(recorder.decisions),
+    )
+
+
+def describe(deployment: Deployment) -> dict[str, object]:
+    """The deployment as `run.json` keeps it."""
+    return {
+        "gpu": deployment.gpu_name,
+        "layouts": [list(layout) for layout in deployment.layouts],
+        "slices": [{"id": s.id, "profile": s.name, "gpu": s.gpu_index, "start": s.start} for s in deployment.slices],
+        "replicas": [
+            {"id": r.id, "model": r.model, "slice": r.slice.id, "kv_tokens_max": r.kv_tokens_max}
+            for r in deployment.replicas
+        ],
+        "batching": {name: dict(zip(b.__struct_fields__, _values(b), strict=True)) for name, b in deployment.batching.items()},
+        "price_per_hour": deployment.price_per_hour,
+    }
+
+
+class _Simulation:
+    """One pass: the core, the heap of steps that are running, and the virtual clock."""
+
+    def __init__(
+        self, deployment: Deployment, service_times: ServiceTimes, recorder: Recorder, cards: EmulatedCards | None, seed: int
+    ) -> None:
+        rng = random.Random(f"{seed}/steps")  # noqa: S311 - not for secrets
+        self._core = ServingCore(deployment)
+        self._timers = {r.id: service_times.timer(deployment, r, rng) for r in deployment.replicas}
+        self._uplink_s = service_times.uplink_s
+        self._recorder, self._cards = recorder, cards
+        self._running: list[tuple[float, int, StepDone]] = []
+        self._sample_due_s = 0.0
+        self.now_s = 0.0
+        for replica in deployment.replicas:
+            self._feed(ReplicaUp(replica.id), 0.0)
+
+    def run(self, schedule: Schedule) -> None:
+        arrivals = iter(schedule.requests)
+        coming = next(arrivals, None)
+        core, running, never = self._core, self._running, float("inf")
+        while True:
+            arrival_s = coming.scheduled_s + self._uplink_s if coming else never
+            step_s = running[0][0] if running else never
+            timer_s = core.next_timer_s()
+            if timer_s is not None and timer_s <= min(arrival_s, step_s):
+                self._feed(Wake(), max(timer_s, self.now_s))
+            elif step_s <= arrival_s and running:
+                done_s, _, event = heapq.heappop(running)
+                self._feed(event, done_s)
+            elif coming is not None:
+                self._feed(
+                    Arrive(coming.index, coming.model, coming.prompt_tokens, coming.output_tokens, str(coming.index)), arrival_s
+                )
+                coming = next(arrivals, None)
+            else:
+                return
+
+    def _feed(self, event: Event, now_s: float) -> None:
+        self._sample_until(now_s)
+        self.now_s = now_s
+        actions: list[Action] = self._core.handle(event, now_s=now_s)
+        self._recorder.decided(event, actions, now_s=now_s)
+        if self._cards is not None:
+            self._cards.decided(event, actions, now_s=now_s)
+        for action in actions:
+            if type(action) is RunStep:
+                seconds = self._timers[action.replica_id](action.load)
+                heapq.heappush(self._running, (now_s + seconds, action.step_id, StepDone(action.replica_id, action.step_id)))
+
+    def _sample_until(self, now_s: float) -> None:
+        while self._cards is not None and self._sample_due_s <= now_s:
+            self._recorder.sampled(self._cards.read(self._sample_due_s))
+            self._sample_due_s += 1.0 / TELEMETRY_HZ
+
+
+_REFUSALS = {"too_long": ("error", 400)}
+
+
+def _answer(request: ScheduledRequest, served: Served, warmup_s: float, downlink_s: float) -> Answer:
+    """What a client would have seen, from what the core did."""
+    answer = Answer(
+        request_id=request.index,
+        traffic_class=request.traffic_class,
+        model=request.model,
+        warmup=request.scheduled_s < warmup_s,
+        prompt_tokens=request.prompt_tokens,
+        output_tokens=request.output_tokens,
+        scheduled_s=request.scheduled_s,
+        sent_s=request.scheduled_s,
+    )
+    if served.finished_s is not None:
+        answer.done_s = served.finished_s + downlink_s
+    if served.outcome != "completed":
+        status, http_status = _REFUSALS.get(served.outcome, ("rejected", 429))
+        answer.status, answer.error, answer.http_status = status, served.outcome, http_status
+        return answer
+    answer.http_status = 200
+    if request.output_tokens:
+        times = served.token_s
+        answer.first_token_s = times[0] + downlink_s
+        answer.tokens = len(times)
+        answer.gaps_ms = [(b - a) * 1e3 for a, b in zip(times, times[1:], strict=False)]
+    return answer
+
+
+def _values(section: object) -> tuple[object, ...]:
+    import msgspec
+
+    return msgspec.structs.astuple(section)  # type: ignore[arg-type]
