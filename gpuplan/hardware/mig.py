@@ -45,9 +45,7 @@ class Placement:
     start: int
 
 
-def _seven_slice(
-    names: Sequence[str], memory_gib: Sequence[float], sms: Sequence[int]
-) -> tuple[Profile, ...]:
+def _seven_slice(names: Sequence[str], memory_gib: Sequence[float], sms: Sequence[int]) -> tuple[Profile, ...]:
     """The plain profiles 1g 2g 3g 4g 7g, then the double-memory 1g, of a card with 7 compute slices and 8 cells."""
     shapes = (
         (1, 1, tuple(range(7)), 7),
@@ -59,9 +57,7 @@ def _seven_slice(
     )
     return tuple(
         Profile(name, slices, width, starts, count_max, int(gib * GIB), sm, 8)
-        for (slices, width, starts, count_max), name, gib, sm in zip(
-            shapes, names, memory_gib, sms, strict=True
-        )
+        for (slices, width, starts, count_max), name, gib, sm in zip(shapes, names, memory_gib, sms, strict=True)
     )
 
 

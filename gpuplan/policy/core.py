@@ -122,7 +122,9 @@ class ServingCore:
             self._prefilled(replica, step)
         ended = event.ended
         finished = [
-            s for s in replica.decoding if s.emitted >= s.output_tokens or s.cancelled or (ended and s.request_id in ended)
+            s
+            for s in replica.decoding
+            if s.emitted >= s.output_tokens or s.cancelled or (ended and s.request_id in ended)
         ]
         for s in finished:
             self._forget(s)
@@ -149,7 +151,9 @@ class ServingCore:
         if step is None or step.step_id != event.step_id:
             return None
         replica.step = None
-        self._fail([self._sequences[i] for i in (*step.decodes, *(p.request_id for p in step.prefills))], event.reason, actions)
+        self._fail(
+            [self._sequences[i] for i in (*step.decodes, *(p.request_id for p in step.prefills))], event.reason, actions
+        )
         return self._model_of[event.replica_id]
 
     def _cancel(self, event: Cancel, actions: list[Action]) -> ModelState | None:

@@ -16,9 +16,21 @@ DRAIN_WINDOW = 64
 class Sequence:
     """One admitted request and how far it has come. `model` is its ModelState."""
 
-    __slots__ = ("arrived_s", "cancelled", "emitted", "model", "output_tokens", "prefilled", "prompt_tokens", "replica", "request_id")
+    __slots__ = (
+        "arrived_s",
+        "cancelled",
+        "emitted",
+        "model",
+        "output_tokens",
+        "prefilled",
+        "prompt_tokens",
+        "replica",
+        "request_id",
+    )
 
-    def __init__(self, request_id: int, model: ModelState, prompt_tokens: int, output_tokens: int, arrived_s: float) -> None:
+    def __init__(
+        self, request_id: int, model: ModelState, prompt_tokens: int, output_tokens: int, arrived_s: float
+    ) -> None:
         self.request_id = request_id
         self.model = model
         self.prompt_tokens = prompt_tokens

@@ -23,7 +23,7 @@ class Word(Struct, frozen=True, tag_field="type", tag=True, omit_defaults=True):
 # --- events -------------------------------------------------------------------------------------------------------
 
 
-class Arrive(Word):
+class Arrive(Word, frozen=True):
     """A request has come. `output_tokens` is the most it may get; 0 for a model that answers in one step."""
 
     request_id: int
@@ -33,7 +33,7 @@ class Arrive(Word):
     client_id: str = ""
 
 
-class StepDone(Word):
+class StepDone(Word, frozen=True):
     """A step has run. `ended` names sequences whose engine met an end of text before their limit."""
 
     replica_id: str
@@ -41,7 +41,7 @@ class StepDone(Word):
     ended: tuple[int, ...] = ()
 
 
-class StepFailed(Word):
+class StepFailed(Word, frozen=True):
     """A step has failed as a whole."""
 
     replica_id: str
@@ -49,29 +49,29 @@ class StepFailed(Word):
     reason: str
 
 
-class Cancel(Word):
+class Cancel(Word, frozen=True):
     """The client is gone or has waited long enough: the request's place is free again."""
 
     request_id: int
 
 
-class ReplicaUp(Word):
+class ReplicaUp(Word, frozen=True):
     """A replica is loaded and warm: it may be given work. Replicas start down."""
 
     replica_id: str
 
 
-class ReplicaDown(Word):
+class ReplicaDown(Word, frozen=True):
     """A replica is gone; what ran there is lost."""
 
     replica_id: str
 
 
-class Drain(Word):
+class Drain(Word, frozen=True):
     """No new requests from here on; those admitted finish."""
 
 
-class Wake(Word):
+class Wake(Word, frozen=True):
     """The time that `next_timer_s` named has come."""
 
 
@@ -80,7 +80,7 @@ Event = Arrive | StepDone | StepFailed | Cancel | ReplicaUp | ReplicaDown | Drai
 # --- actions ------------------------------------------------------------------------------------------------------
 
 
-class Reject(Word):
+class Reject(Word, frozen=True):
     """Refuse a request that has just arrived."""
 
     request_id: int
@@ -96,7 +96,7 @@ class Prefill(Struct, frozen=True, array_like=True):
     last: bool
 
 
-class RunStep(Word):
+class RunStep(Word, frozen=True):
     """Run one step on an idle replica: prefill these, decode one token for those."""
 
     replica_id: str
@@ -113,13 +113,13 @@ class RunStep(Word):
         return (*self.decodes, *(p.request_id for p in self.prefills if p.last))
 
 
-class Complete(Word):
+class Complete(Word, frozen=True):
     """The request has all it asked for."""
 
     request_id: int
 
 
-class Fail(Word):
+class Fail(Word, frozen=True):
     """An admitted request is lost, and why."""
 
     request_id: int

@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from gpuplan.policy.vocabulary import Action, Arrive, Complete, Decision, Event, Fail, Reject, RunStep, StepDone, StepFailed
+from gpuplan.policy.vocabulary import (
+    Action,
+    Arrive,
+    Complete,
+    Decision,
+    Event,
+    Fail,
+    Reject,
+    RunStep,
+    StepDone,
+    StepFailed,
+)
 from gpuplan.record.run import BATCH_COLUMNS, REQUEST_COLUMNS, TELEMETRY_COLUMNS
 from gpuplan.scenario.deployment import Deployment
 
@@ -199,7 +210,7 @@ def frame(
     import pandas as pd
 
     names = list(columns)
-    data = dict(zip(names, zip(*rows, strict=True), strict=True)) if rows else {name: () for name in names}
+    data = dict(zip(names, zip(*rows, strict=True), strict=True)) if rows else dict.fromkeys(names, ())
     kinds = {"int64": "Int64", "float64": "float64", "bool": "bool", "string": "object", "list": "object"}
     table = pd.DataFrame({name: pd.Series(list(data[name]), dtype=kinds[columns[name]]) for name in names})
     for name in shifted:

@@ -48,7 +48,9 @@ def write(run: Run, folder: Path) -> None:
     write_json(folder / "run.json", msgspec.to_builtins(run.meta))
     for name, columns in TABLES.items():
         write_table(getattr(run, name), columns, folder / f"{name}.parquet")
-    _replace(folder / "decisions.jsonl", lambda path: path.write_bytes(b"".join(line + b"\n" for line in run.decisions)))
+    _replace(
+        folder / "decisions.jsonl", lambda path: path.write_bytes(b"".join(line + b"\n" for line in run.decisions))
+    )
 
 
 def read(folder: Path) -> Run:
@@ -57,9 +59,12 @@ def read(folder: Path) -> Run:
         raw = json.loads((folder / "run.json").read_bytes())
         if raw.get("schema_version", 0) > run_module.SCHEMA_VERSION:
             raise InputError(
-                "written by a newer gpuplan", file=str(folder / "run.json"), key="schema_version",
-                value=raw["schema_version"], allowed=f"up to {run_module.SCHEMA_VERSION}",
-            )  # fmt: skip
+                "written by a newer gpuplan",
+                file=str(folder / "run.json"),
+                key="schema_version",
+                value=raw["schema_version"],
+                allowed=f"up to {run_module.SCHEMA_VERSION}",
+            )
         meta = msgspec.convert(raw, RunMeta)
         tables = {name: read_table(folder / f"{name}.parquet", columns) for name, columns in TABLES.items()}
         log = folder / "decisions.jsonl"
@@ -82,9 +87,12 @@ def write_table(table: pd.DataFrame, columns: dict[str, str], path: Path) -> Non
     import pyarrow.parquet as pq
 
     kinds = {
-        "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_(),
-        "string": pa.string(), "list": pa.list_(pa.float64()),
-    }  # fmt: skip
+        "int64": pa.int64(),
+        "float64": pa.float64(),
+        "bool": pa.bool_(),
+        "string": pa.string(),
+        "list": pa.list_(pa.float64()),
+    }
     schema = pa.schema([(name, kinds[kind]) for name, kind in columns.items()])
     arrow = pa.Table.from_pandas(table[list(columns)], schema=schema, preserve_index=False)
     _replace(path, lambda temporary: pq.write_table(arrow, temporary))
@@ -92,7 +100,6 @@ def write_table(table: pd.DataFrame, columns: dict[str, str], path: Path) -> Non
 
 def read_table(path: Path, columns: dict[str, str]) -> pd.DataFrame:
     """The table, with nulls for columns that an older version did not write."""
-    import pandas as pd
     import pyarrow.parquet as pq
 
     arrow = pq.read_table(path)

@@ -226,7 +226,9 @@ def _telemetry_figures(run: Run, first_s: float) -> dict[str, Any]:
     for column in ("gpu_utilization", "memory_used_bytes", "power_w"):
         values = _column(rows[rows[column].notna()], column)
         figures[column] = {"mean": float(values.mean()), "max": float(values.max())} if len(values) else None
-    spent = [float(r["energy_j"].max() - r["energy_j"].min()) for _, r in rows.groupby("gpu") if r["energy_j"].notna().any()]
+    spent = [
+        float(r["energy_j"].max() - r["energy_j"].min()) for _, r in rows.groupby("gpu") if r["energy_j"].notna().any()
+    ]
     figures["energy_j"] = sum(spent) if spent else None
     return figures
 

@@ -6,6 +6,7 @@ new field here and nothing else. Durations are seconds, lengths tokens, rates re
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
@@ -24,19 +25,19 @@ class Section(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=Tru
 # --- arrivals -----------------------------------------------------------------------------------------------------
 
 
-class Constant(Section, tag_field="process", tag="constant"):
+class Constant(Section, frozen=True, tag_field="process", tag="constant"):
     """Equal gaps of 1 / rate."""
 
     rate: Rate
 
 
-class Poisson(Section, tag_field="process", tag="poisson"):
+class Poisson(Section, frozen=True, tag_field="process", tag="poisson"):
     """Independent arrivals: exponential gaps."""
 
     rate: Rate
 
 
-class Gamma(Section, tag_field="process", tag="gamma"):
+class Gamma(Section, frozen=True, tag_field="process", tag="gamma"):
     """Gamma gaps with shape = burstiness, as vLLM's and AIPerf's load generators mean it: 1 is Poisson, less is
     burstier, more is steadier."""
 
@@ -44,7 +45,7 @@ class Gamma(Section, tag_field="process", tag="gamma"):
     burstiness: Annotated[float, Meta(gt=0.0)] = 1.0
 
 
-class Trace(Section, tag_field="process", tag="trace"):
+class Trace(Section, frozen=True, tag_field="process", tag="trace"):
     """Recorded arrivals and lengths, from a CSV that `gpuplan scenario import` wrote."""
 
     file: str
@@ -56,14 +57,14 @@ Arrivals = Constant | Poisson | Gamma | Trace
 # --- lengths ------------------------------------------------------------------------------------------------------
 
 
-class Uniform(Section):
+class Uniform(Section, frozen=True):
     """Whole numbers from `min` to `max`, both included."""
 
     min: Count
     max: Count
 
 
-class Lognormal(Section):
+class Lognormal(Section, frozen=True):
     """A lognormal through its median and 95th percentile."""
 
     p50: Annotated[float, Meta(gt=0.0)]
@@ -71,7 +72,7 @@ class Lognormal(Section):
     max: Count | None = None
 
 
-class Lengths(Section):
+class Lengths(Section, frozen=True):
     """Exactly one of its keys. `quantiles` maps min, pNN and max to values, joined by straight lines."""
 
     uniform: Uniform | None = None
@@ -85,7 +86,7 @@ SLO_METRICS = ("ttft_ms", "tpot_ms", "itl_ms", "e2el_ms")
 SLO_STATISTICS = ("mean", "p50", "p90", "p95", "p99", "p999", "max")
 
 
-class TrafficClass(Section):
+class TrafficClass(Section, frozen=True):
     """One kind of request: where it goes, when, how long, and how fast it must be answered."""
 
     name: Name
@@ -100,7 +101,7 @@ class TrafficClass(Section):
         return {metric: max(limits.values()) for metric, limits in self.slo.items()}
 
 
-class ModelSource(Section):
+class ModelSource(Section, frozen=True):
     """Exactly one of: `builtin` (a model the package makes itself), `onnx` (a file), `emulate` (a model shape)."""
 
     builtin: Literal["sentiment"] | None = None
@@ -108,7 +109,7 @@ class ModelSource(Section):
     emulate: str | None = None
 
 
-class BatchingSpec(Section):
+class BatchingSpec(Section, frozen=True):
     """How large a batch may grow and how long it may wait for company.
 
     `max_batch_tokens` bounds the prompt tokens of one decoder step, so that a long prompt is prefilled in chunks
@@ -121,7 +122,7 @@ class BatchingSpec(Section):
     max_batch_tokens: Annotated[int, Meta(ge=16, le=1_000_000)] = 2048
 
 
-class ReplicaSpec(Section):
+class ReplicaSpec(Section, frozen=True):
     """`count` copies of a model, each on a slice of its own of that profile."""
 
     model: Name
@@ -129,14 +130,14 @@ class ReplicaSpec(Section):
     count: Annotated[int, Meta(ge=1, le=1024)] = 1
 
 
-class AutoscaleSpec(Section):
+class AutoscaleSpec(Section, frozen=True):
     """`cold_start` is the time from asking for a replica until it serves."""
 
     cold_start: Duration = 45.0
     max_gpus: Annotated[int, Meta(ge=1, le=1024)] = 8
 
 
-class DeploymentSpec(Section):
+class DeploymentSpec(Section, frozen=True):
     """The file's `deployment`: `count` cards of one kind, each cut by `mig` (left out: not cut)."""
 
     gpu: str
@@ -148,7 +149,7 @@ class DeploymentSpec(Section):
     price_per_hour: Annotated[float, Meta(ge=0.0)] | None = None
 
 
-class Scenario(Section):
+class Scenario(Section, frozen=True):
     """A scenario file. `duration` is how long requests are sent; those sent in `warmup` are left out of summaries."""
 
     name: Name
@@ -179,7 +180,7 @@ def mean_tokens(lengths: int | Lengths | None) -> float:
             return p50 * math.exp(lognormal_sigma(p50, p95) ** 2 / 2)
         case Lengths(quantiles=dict() as quantiles):
             points = quantile_points(quantiles)
-            return sum((q1 - q0) * (v0 + v1) / 2 for (q0, v0), (q1, v1) in zip(points, points[1:], strict=False))
+            return sum((q1 - q0) * (v0 + v1) / 2 for (q0, v0), (q1, v1) in itertools.pairwise(points))
     raise AssertionError("a Lengths has exactly one kind: files.check sees to it")
 
 
@@ -198,7 +199,7 @@ def quantile_points(quantiles: dict[str, Any]) -> list[tuple[float, float]]:
     points = sorted((quantile_of(key), float(value)) for key, value in quantiles.items())
     if points[0][0] != 0.0 or points[-1][0] != 1.0:
         raise ValueError("needs min and max")
-    if any(v0 > v1 for (_, v0), (_, v1) in zip(points, points[1:], strict=False)):
+    if any(v0 > v1 for (_, v0), (_, v1) in itertools.pairwise(points)):
         raise ValueError("values must not fall as the percentile rises")
     return points
 

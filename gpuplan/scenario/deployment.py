@@ -92,6 +92,8 @@ def resolve(scenario: Scenario) -> Deployment:
 
 def build(spec: DeploymentSpec, models: Mapping[str, ModelSource]) -> Deployment:
     """Places every slice and gives each replica one. Raises InputError naming the key that cannot be met."""
+    gpu: catalog.Gpu | None
+    layout: tuple[str, ...]
     if spec.gpu.lower() == CPU:
         if spec.mig:
             raise InputError("a CPU has no MIG slices", key="deployment.mig", value=spec.mig, allowed="leave it out")
@@ -143,9 +145,7 @@ def _replica_specs(spec: DeploymentSpec, models: Mapping[str, ModelSource]) -> l
     return [ReplicaSpec(model=name, slice=part.name) for name, part in zip(by_size, free, strict=False)]
 
 
-def _assign(
-    specs: list[ReplicaSpec], models: Mapping[str, ModelSource], free: list[Slice]
-) -> tuple[Replica, ...]:
+def _assign(specs: list[ReplicaSpec], models: Mapping[str, ModelSource], free: list[Slice]) -> tuple[Replica, ...]:
     replicas: list[Replica] = []
     for i, spec in enumerate(specs):
         key = f"deployment.replicas[{i}]"

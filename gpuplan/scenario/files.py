@@ -37,7 +37,10 @@ def load(path: Path, *, gpu_auto: str | None = None) -> Scenario:
         if scenario.deployment.gpu.lower() == "auto":
             if gpu_auto is None:
                 raise InputError(
-                    "no known NVIDIA card in this machine", key="deployment.gpu", value="auto", allowed="a card's name or cpu"
+                    "no known NVIDIA card in this machine",
+                    key="deployment.gpu",
+                    value="auto",
+                    allowed="a card's name or cpu",
                 )
             scenario = msgspec.structs.replace(
                 scenario, deployment=msgspec.structs.replace(scenario.deployment, gpu=gpu_auto)
@@ -75,12 +78,17 @@ def check(scenario: Scenario) -> None:
         seen.add(traffic.name)
     for name in scenario.models if scenario.traffic else ():
         if not scenario.traffic_of(name):
-            raise InputError("no traffic class uses this model", key=f"models.{name}", allowed="remove it or send it traffic")
+            raise InputError(
+                "no traffic class uses this model", key=f"models.{name}", allowed="remove it or send it traffic"
+            )
     if scenario.duration <= 0:
         raise InputError("must be above zero", key="duration", value=scenario.duration, allowed="e.g. 60s")
     if scenario.warmup >= scenario.duration:
         raise InputError(
-            "nothing is left to measure", key="warmup", value=scenario.warmup, allowed=f"less than duration ({scenario.duration:g} s)"
+            "nothing is left to measure",
+            key="warmup",
+            value=scenario.warmup,
+            allowed=f"less than duration ({scenario.duration:g} s)",
         )
     for name in scenario.deployment.batching:
         if name not in scenario.models:
@@ -89,7 +97,10 @@ def check(scenario: Scenario) -> None:
     for i, traffic in enumerate(scenario.traffic):
         if not resolved.replicas_of(traffic.model):
             raise InputError(
-                f"no replica serves {traffic.model}", key=f"traffic[{i}].model", value=traffic.model, allowed="add it to deployment.replicas"
+                f"no replica serves {traffic.model}",
+                key=f"traffic[{i}].model",
+                value=traffic.model,
+                allowed="add it to deployment.replicas",
             )
 
 
@@ -116,21 +127,36 @@ def _check_class(scenario: Scenario, traffic: demand.TrafficClass, key: str) -> 
         for statistic in limits:
             if statistic not in demand.SLO_STATISTICS:
                 raise InputError(
-                    "unknown statistic", key=f"{key}.slo.{metric}", value=statistic, allowed=", ".join(demand.SLO_STATISTICS)
+                    "unknown statistic",
+                    key=f"{key}.slo.{metric}",
+                    value=statistic,
+                    allowed=", ".join(demand.SLO_STATISTICS),
                 )
 
 
 def _check_lengths(lengths: demand.Lengths, key: str) -> None:
     _exactly_one(lengths, key)
     if lengths.uniform and lengths.uniform.min > lengths.uniform.max:
-        raise InputError("min is above max", key=f"{key}.uniform", value=lengths.uniform.min, allowed=f"at most {lengths.uniform.max}")
+        raise InputError(
+            "min is above max",
+            key=f"{key}.uniform",
+            value=lengths.uniform.min,
+            allowed=f"at most {lengths.uniform.max}",
+        )
     if lengths.lognormal and lengths.lognormal.p95 < lengths.lognormal.p50:
-        raise InputError("p95 is below p50", key=f"{key}.lognormal", value=lengths.lognormal.p95, allowed=f"at least {lengths.lognormal.p50:g}")
+        raise InputError(
+            "p95 is below p50",
+            key=f"{key}.lognormal",
+            value=lengths.lognormal.p95,
+            allowed=f"at least {lengths.lognormal.p50:g}",
+        )
     if lengths.quantiles is not None:
         try:
             demand.quantile_points(lengths.quantiles)
         except (ValueError, IndexError) as error:
-            raise InputError(str(error), key=f"{key}.quantiles", allowed="min, pNN..., max with rising values") from None
+            raise InputError(
+                str(error), key=f"{key}.quantiles", allowed="min, pNN..., max with rising values"
+            ) from None
 
 
 def _exactly_one(section: demand.Section, key: str) -> None:
@@ -292,7 +318,9 @@ def _read_yaml(path: Path) -> tuple[Any, dict[str, int]]:
                 name = str(constructor.construct_object(key_node))
                 inner = _join(key, name)
                 if name in mapping:
-                    raise InputError("the key stands twice", file=str(path), line=key_node.start_mark.line + 1, key=inner)
+                    raise InputError(
+                        "the key stands twice", file=str(path), line=key_node.start_mark.line + 1, key=inner
+                    )
                 lines[inner] = key_node.start_mark.line + 1
                 mapping[name] = plain(value_node, inner, depth + 1)
             return mapping

@@ -62,7 +62,11 @@ def _rows(reader: Iterable[list[str]], columns: list[int], path: Path) -> Iterat
             raise InputError("not a trace row", file=str(path), line=line, value=",".join(cells)) from None
         if row.prompt_tokens < 1 or row.output_tokens < 0 or row.arrived_at_s < previous:
             raise InputError(
-                "impossible row", file=str(path), line=line, value=",".join(cells), allowed="time in order, at least 1 prompt token"
+                "impossible row",
+                file=str(path),
+                line=line,
+                value=",".join(cells),
+                allowed="time in order, at least 1 prompt token",
             )
         previous = row.arrived_at_s
         yield row

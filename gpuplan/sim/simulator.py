@@ -8,6 +8,7 @@ making.
 from __future__ import annotations
 
 import heapq
+import itertools
 import random
 from datetime import UTC, datetime
 
@@ -73,7 +74,9 @@ def describe(deployment: Deployment) -> dict[str, object]:
             {"id": r.id, "model": r.model, "slice": r.slice.id, "kv_tokens_max": r.kv_tokens_max}
             for r in deployment.replicas
         ],
-        "batching": {name: dict(zip(b.__struct_fields__, _values(b), strict=True)) for name, b in deployment.batching.items()},
+        "batching": {
+            name: dict(zip(b.__struct_fields__, _values(b), strict=True)) for name, b in deployment.batching.items()
+        },
         "price_per_hour": deployment.price_per_hour,
     }
 
@@ -82,7 +85,12 @@ class _Simulation:
     """One pass: the core, the heap of steps that are running, and the virtual clock."""
 
     def __init__(
-        self, deployment: Deployment, service_times: ServiceTimes, recorder: Recorder, cards: EmulatedCards | None, seed: int
+        self,
+        deployment: Deployment,
+        service_times: ServiceTimes,
+        recorder: Recorder,
+        cards: EmulatedCards | None,
+        seed: int,
     ) -> None:
         rng = random.Random(f"{seed}/steps")  # noqa: S311 - not for secrets
         self._core = ServingCore(deployment)
@@ -110,7 +118,8 @@ class _Simulation:
                 self._feed(event, done_s)
             elif coming is not None:
                 self._feed(
-                    Arrive(coming.index, coming.model, coming.prompt_tokens, coming.output_tokens, str(coming.index)), arrival_s
+                    Arrive(coming.index, coming.model, coming.prompt_tokens, coming.output_tokens, str(coming.index)),
+                    arrival_s,
                 )
                 coming = next(arrivals, None)
             else:
@@ -126,7 +135,9 @@ class _Simulation:
         for action in actions:
             if type(action) is RunStep:
                 seconds = self._timers[action.replica_id](action.load)
-                heapq.heappush(self._running, (now_s + seconds, action.step_id, StepDone(action.replica_id, action.step_id)))
+                heapq.heappush(
+                    self._running, (now_s + seconds, action.step_id, StepDone(action.replica_id, action.step_id))
+                )
 
     def _sample_until(self, now_s: float) -> None:
         while self._cards is not None and self._sample_due_s <= now_s:
@@ -160,7 +171,7 @@ def _answer(request: ScheduledRequest, served: Served, warmup_s: float, downlink
         times = served.token_s
         answer.first_token_s = times[0] + downlink_s
         answer.tokens = len(times)
-        answer.gaps_ms = [(b - a) * 1e3 for a, b in zip(times, times[1:], strict=False)]
+        answer.gaps_ms = [(b - a) * 1e3 for a, b in itertools.pairwise(times)]
     return answer
 
 

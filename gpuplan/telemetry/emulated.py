@@ -47,13 +47,30 @@ class EmulatedCards:
             name = f"gpu{index}"
             memory = float(sum(m.memory_bytes for m in meters))
             samples.append(
-                Sample(now_s, "emulated", name, None, utilization, memory, float(card.memory_bytes), power_w, self._energy_j[index])
+                Sample(
+                    now_s,
+                    "emulated",
+                    name,
+                    None,
+                    utilization,
+                    memory,
+                    float(card.memory_bytes),
+                    power_w,
+                    self._energy_j[index],
+                )
             )
             samples += [
                 Sample(
-                    now_s, "emulated", name, m.replica.slice.id, min(busy[m.replica.id], 1.0),
-                    float(m.memory_bytes), float(m.profile.memory_bytes), None, None,
-                )  # fmt: skip
+                    now_s,
+                    "emulated",
+                    name,
+                    m.replica.slice.id,
+                    min(busy[m.replica.id], 1.0),
+                    float(m.memory_bytes),
+                    float(m.profile.memory_bytes),
+                    None,
+                    None,
+                )
                 for m in meters
             ]
         return samples
@@ -75,7 +92,9 @@ class _Meter:
         self._started_s = now_s
         if self._shape:
             load = step.load
-            self.memory_bytes = roofline.memory_used_bytes(self._shape, load.context_tokens + load.decodes + load.prefill_tokens)
+            self.memory_bytes = roofline.memory_used_bytes(
+                self._shape, load.context_tokens + load.decodes + load.prefill_tokens
+            )
 
     def stop(self, now_s: float) -> None:
         if self._started_s is not None:

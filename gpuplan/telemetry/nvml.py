@@ -69,13 +69,16 @@ class NvmlCards:
                 millijoules -= self._first_mj.setdefault(i, millijoules)
             samples.append(
                 Sample(
-                    now_s, "nvml", f"gpu{i}", None,
+                    now_s,
+                    "nvml",
+                    f"gpu{i}",
+                    None,
                     usage.gpu / 100 if usage is not None else None,
                     float(memory.used) if memory is not None else None,
                     float(memory.total) if memory is not None else None,
                     milliwatts / 1e3 if milliwatts is not None else None,
                     millijoules / 1e3 if millijoules is not None else None,
-                )  # fmt: skip
+                )
             )
         return samples
 
