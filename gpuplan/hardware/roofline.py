@@ -53,7 +53,7 @@ CONSTANTS = {
     "turing": Constants(0.727, 0.819, 1.56, 3.0e-6, 19e-6, 1.78, False),
 }
 
-# Attention kernels reach about half of the matrix units' peak (Dao, FlashAttention-2, 2023, table 1: 50 to 73 % on A100).
+# Attention kernels reach about half of the matrix units' peak (Dao, FlashAttention-2, 2023: 50 to 73 % on A100).
 ATTENTION_COMPUTE_EFFICIENCY = 0.5
 # Host work between steps of a serving engine (scheduling, sampling): vLLM's authors report 1 to 5 ms before 2024,
 # well under 1 ms since its v1 engine.

@@ -1,8 +1,8 @@
 """Takes down what happens, row by row, in the columns of `run`.
 
 Three sides write here: the driver of a core (`decided`), whoever saw the answers (`answered`), and telemetry
-(`sampled`). Rows are kept in memory and become tables once, at the end. Times are on the writer's clock; `tables`
-subtracts the start that it is given.
+(`sampled`). Rows are kept in memory and become tables once, at the end. A server and its load generator are often
+two processes: each keeps its own rows on the machine's monotonic clock, and `assemble` joins them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gpuplan.policy.vocabulary import (
     StepDone,
     StepFailed,
 )
-from gpuplan.record.run import BATCH_COLUMNS, REQUEST_COLUMNS, TELEMETRY_COLUMNS
+from gpuplan.record.run import BATCH_COLUMNS, REQUEST_COLUMNS, SERVED_COLUMNS, SERVER_VIEW, TELEMETRY_COLUMNS
 from gpuplan.scenario.deployment import Deployment
 
 if TYPE_CHECKING:
@@ -83,6 +83,15 @@ class Sample(NamedTuple):
     energy_j: float | None
 
 
+class ServerRows(NamedTuple):
+    """What a server, or a simulation, knows of a run: its times count from the run's start."""
+
+    served: pd.DataFrame
+    batches: pd.DataFrame
+    telemetry: pd.DataFrame
+    decisions: tuple[bytes, ...]
+
+
 class Tables(NamedTuple):
     """The three tables of a run."""
 
@@ -135,17 +144,19 @@ class Recorder:
         """Telemetry was read."""
         self._samples.extend(samples)
 
-    def tables(self, *, start_s: float = 0.0) -> Tables:
-        """All rows as tables, their times counted from `start_s`."""
-        served_by_client = {s.client_id: s for s in self.served.values() if s.client_id}
-        requests = [
-            (*msgspec.structs.astuple(a), *_server_view(served_by_client.get(str(a.request_id)))) for a in self._answers
-        ]
-        return Tables(
-            requests_table(requests, start_s),
-            frame(self._batches, BATCH_COLUMNS, start_s, ("started_s", "done_s")),
-            frame(self._samples, TELEMETRY_COLUMNS, start_s, ("time_s",)),
+    def server_rows(self, *, start_s: float = 0.0) -> ServerRows:
+        """All that was decided and sampled, its times counted from `start_s`."""
+        served = [(s.client_id, s.replica, s.arrived_s, s.started_s, s.finished_s) for s in self.served.values()]
+        return ServerRows(
+            frame(served, SERVED_COLUMNS, start_s),
+            frame(self._batches, BATCH_COLUMNS, start_s),
+            frame(self._samples, TELEMETRY_COLUMNS, start_s),
+            tuple(self.decisions),
         )
+
+    def tables(self) -> Tables:
+        """The tables of a run whose answers and decisions were taken down here, on one clock that began at 0."""
+        return assemble(self._answers, self.server_rows())
 
     # --- the driver's side ----------------------------------------------------------------------------------------
 
@@ -198,27 +209,34 @@ class Recorder:
         served.outcome = outcome
 
 
-def requests_table(rows: list[tuple[Any, ...]], start_s: float) -> pd.DataFrame:
-    """Rows of REQUEST_COLUMNS as a table. Client times count from the start already; the server's do not."""
-    return frame(rows, REQUEST_COLUMNS, start_s, ("arrived_s", "started_s", "finished_s"))
+def assemble(answers: Sequence[Answer], server: ServerRows | None) -> Tables:
+    """The tables of a run: what clients saw, joined by request id with what the server told, if it told anything."""
+    told = server.served if server is not None else frame((), SERVED_COLUMNS)
+    view = {client_id: rest for client_id, *rest in told.itertuples(index=False)}
+    unknown = (None,) * len(SERVER_VIEW)
+    requests = [(*msgspec.structs.astuple(a), *view.get(str(a.request_id), unknown)) for a in answers]
+    return Tables(
+        frame(requests, REQUEST_COLUMNS),
+        server.batches if server is not None else frame((), BATCH_COLUMNS),
+        server.telemetry if server is not None else frame((), TELEMETRY_COLUMNS),
+    )
 
 
-def frame(
-    rows: Sequence[tuple[Any, ...]], columns: dict[str, str], start_s: float, shifted: tuple[str, ...]
-) -> pd.DataFrame:
-    """Rows as a table with exactly these columns and types, `shifted` ones counted from `start_s`."""
+def frame(rows: Sequence[tuple[Any, ...]], columns: dict[str, str], start_s: float = 0.0) -> pd.DataFrame:
+    """Rows as a table with exactly these columns and types; columns of seconds are counted from `start_s`."""
     import pandas as pd
 
     names = list(columns)
     data = dict(zip(names, zip(*rows, strict=True), strict=True)) if rows else dict.fromkeys(names, ())
     kinds = {"int64": "Int64", "float64": "float64", "bool": "bool", "string": "object", "list": "object"}
     table = pd.DataFrame({name: pd.Series(list(data[name]), dtype=kinds[columns[name]]) for name in names})
-    for name in shifted:
-        table[name] = table[name] - start_s
+    return shifted(table, start_s)
+
+
+def shifted(table: pd.DataFrame, start_s: float) -> pd.DataFrame:
+    """The table with every column of seconds (`*_s`) counted from `start_s`."""
+    if start_s:
+        for name in table.columns:
+            if name.endswith("_s"):
+                table[name] = table[name] - start_s
     return table
-
-
-def _server_view(served: Served | None) -> tuple[Any, ...]:
-    if served is None:
-        return (None, None, None, None)
-    return (served.replica, served.arrived_s, served.started_s, served.finished_s)

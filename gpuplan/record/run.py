@@ -48,6 +48,8 @@ REQUEST_COLUMNS: dict[str, str] = {
     "finished_s": "float64",
 }
 
+SERVER_VIEW = ("replica", "arrived_s", "started_s", "finished_s")
+
 BATCH_COLUMNS: dict[str, str] = {
     "step_id": "int64",
     "model": "string",
@@ -76,6 +78,10 @@ TELEMETRY_COLUMNS: dict[str, str] = {
     "power_w": "float64",
     "energy_j": "float64",  # since the first sample
 }
+
+
+SERVED_COLUMNS = {"client_id": "string", **{name: REQUEST_COLUMNS[name] for name in SERVER_VIEW}}
+"""What a server keeps of each request until its client's row joins it, by the id that the client sent."""
 
 
 class RunMeta(msgspec.Struct, frozen=True, kw_only=True):

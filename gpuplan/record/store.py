@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from gpuplan.errors import InputError
+from gpuplan.policy.vocabulary import Decision
 from gpuplan.record import run as run_module
+from gpuplan.record.recorder import ServerRows, shifted
 from gpuplan.record.run import Run, RunMeta
 
 if TYPE_CHECKING:
@@ -24,6 +26,12 @@ if TYPE_CHECKING:
 
 TABLES = {
     "requests": run_module.REQUEST_COLUMNS,
+    "batches": run_module.BATCH_COLUMNS,
+    "telemetry": run_module.TELEMETRY_COLUMNS,
+}
+
+SERVER_TABLES = {
+    "served": run_module.SERVED_COLUMNS,
     "batches": run_module.BATCH_COLUMNS,
     "telemetry": run_module.TELEMETRY_COLUMNS,
 }
@@ -73,6 +81,34 @@ def read(folder: Path) -> Run:
         reason = (error.strerror or "") if isinstance(error, OSError) else str(error)
         raise InputError(f"not a run folder: {reason}", key="RUN", value=str(folder)) from None
     return Run(meta, **tables, decisions=decisions)
+
+
+def write_server_rows(rows: ServerRows, about: dict[str, Any], folder: Path) -> None:
+    """What a server process leaves for the load generator that started it; `about` last, as the sign of a whole set."""
+    for name, columns in SERVER_TABLES.items():
+        write_table(getattr(rows, name), columns, folder / f"{name}.parquet")
+    _replace(
+        folder / "decisions.jsonl", lambda path: path.write_bytes(b"".join(line + b"\n" for line in rows.decisions))
+    )
+    write_json(folder / "server.json", about)
+
+
+def read_server_rows(folder: Path, *, start_s: float) -> tuple[ServerRows, dict[str, Any]]:
+    """A server process's rows, written on the machine's monotonic clock, counted from `start_s`. Raises OSError."""
+    about = json.loads((folder / "server.json").read_bytes())
+    tables = {
+        name: shifted(read_table(folder / f"{name}.parquet", columns), start_s)
+        for name, columns in SERVER_TABLES.items()
+    }
+    lines = (folder / "decisions.jsonl").read_bytes().splitlines()
+    return ServerRows(**tables, decisions=shifted_decisions(lines, start_s)), about
+
+
+def shifted_decisions(lines: Iterable[bytes], start_s: float) -> tuple[bytes, ...]:
+    """Lines of a decision log with their times counted from `start_s`."""
+    decoder, encoder = msgspec.json.Decoder(Decision), msgspec.json.Encoder()
+    decided = (decoder.decode(line) for line in lines)
+    return tuple(encoder.encode(msgspec.structs.replace(d, at_s=d.at_s - start_s)) for d in decided)
 
 
 def write_json(path: Path, data: Any) -> None:

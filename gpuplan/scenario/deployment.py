@@ -167,6 +167,10 @@ def _assign(specs: list[ReplicaSpec], models: Mapping[str, ModelSource], free: l
 
 
 def _kv_tokens(source: ModelSource, part: Slice, key: str) -> int | None:
+    if source.emulate and part.profile is None:
+        raise InputError(
+            f"{source.emulate} is emulated on a GPU, and this is a CPU", key="deployment.gpu", allowed="a card's name"
+        )
     model = shape_of(source)
     if model is None or part.profile is None:
         return None

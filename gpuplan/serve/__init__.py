@@ -1,0 +1,1 @@
+"""The built-in inference server: the real clock, inside."""

@@ -1,0 +1,1 @@
+"""The server's faces: an ASGI app, and the protocols it speaks."""

@@ -1,0 +1,197 @@
+"""The first driver of the core: asyncio and the real clock.
+
+`Server` feeds events to one `ServingCore`, does what its actions say, and hands every decision to its observers
+(recorder, metrics, emulated cards). Everything happens on one event loop; engines run steps wherever they like and
+come back to it. A request is a `Ticket`, from which its outputs are read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Protocol
+
+from gpuplan.policy.core import ServingCore
+from gpuplan.policy.vocabulary import (
+    Action,
+    Arrive,
+    Cancel,
+    Complete,
+    Drain,
+    Event,
+    Fail,
+    Reject,
+    ReplicaUp,
+    RunStep,
+    StepDone,
+    StepFailed,
+    Wake,
+)
+from gpuplan.scenario.deployment import Deployment
+from gpuplan.serve.engines import Engine, Output, Prompt
+
+
+class Observer(Protocol):
+    """Sees every decision after it was made."""
+
+    def decided(self, event: Event, actions: list[Action], *, now_s: float) -> None: ...
+
+
+class RequestRefused(Exception):
+    """The core would not take the request."""
+
+    def __init__(self, reason: str, retry_after_s: float) -> None:
+        super().__init__(reason)
+        self.reason, self.retry_after_s = reason, retry_after_s
+
+
+class RequestFailed(Exception):
+    """The request was taken and lost."""
+
+
+class Ticket:
+    """One request's outputs, in order. Raises RequestRefused or RequestFailed instead of an output."""
+
+    def __init__(self, request_id: int, prompt: Prompt) -> None:
+        self.request_id, self.prompt = request_id, prompt
+        self._items: asyncio.Queue[Output | Exception | None] = asyncio.Queue()
+
+    def put(self, item: Output | Exception | None) -> None:
+        """An output, the exception that ends it, or None at its regular end."""
+        self._items.put_nowait(item)
+
+    async def __aiter__(self) -> AsyncIterator[Output]:
+        while (item := await self._items.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+
+class Server:
+    """A deployment that serves. `start` loads the engines, `submit` takes requests, `drain` and `close` end it."""
+
+    def __init__(
+        self, deployment: Deployment, engines: Mapping[str, Engine], observers: Sequence[Observer] = ()
+    ) -> None:
+        self.deployment = deployment
+        self.core = ServingCore(deployment)
+        self._engines = engines
+        self._observers = observers
+        self._tickets: dict[int, Ticket] = {}
+        self._steps: set[asyncio.Task[None]] = set()
+        self._next_id = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_due_s: float | None = None
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    async def start(self) -> None:
+        """Loads every engine, one after the other; a replica serves as soon as its own is warm."""
+        for replica_id, engine in self._engines.items():
+            await engine.load()
+            self._feed(ReplicaUp(replica_id))
+
+    def tokenize(self, model: str, text: str) -> Prompt:
+        """The prompt as the model's engine counts it."""
+        engine = self._engines[self.deployment.replicas_of(model)[0].id]
+        return Prompt(text, engine.tokenize(text))
+
+    def submit(self, model: str, prompt: Prompt, *, output_tokens: int, client_id: str = "") -> Ticket:
+        """Gives the request to the core; what comes of it is read from the ticket."""
+        self._next_id += 1
+        ticket = self._tickets[self._next_id] = Ticket(self._next_id, prompt)
+        self._empty.clear()
+        self._feed(Arrive(self._next_id, model, len(prompt.token_ids), output_tokens, client_id))
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """The client is gone. Does nothing when the request has ended already."""
+        if ticket.request_id in self._tickets:
+            self._end(ticket.request_id, None)
+            self._feed(Cancel(ticket.request_id))
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Takes no new requests and waits for those that run; False when some still run after `timeout_s`."""
+        self._feed(Drain())
+        try:
+            await asyncio.wait_for(self._empty.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+    async def close(self) -> None:
+        """Ends what still runs and frees the engines."""
+        if self._timer:
+            self._timer.cancel()
+        for request_id in list(self._tickets):
+            self._end(request_id, RequestFailed("the server has stopped"))
+        for step in self._steps:
+            step.cancel()
+        await asyncio.gather(*self._steps, return_exceptions=True)
+        for engine in self._engines.values():
+            await engine.close()
+
+    # --- events in, actions out -----------------------------------------------------------------------------------
+
+    def _feed(self, event: Event, now_s: float | None = None) -> None:
+        now_s = time.monotonic() if now_s is None else now_s
+        actions = self.core.handle(event, now_s=now_s)
+        for observer in self._observers:
+            observer.decided(event, actions, now_s=now_s)
+        for action in actions:
+            match action:
+                case RunStep():
+                    prompts = {p.request_id: self._tickets[p.request_id].prompt for p in action.prefills}
+                    task = asyncio.get_running_loop().create_task(self._run(action, prompts))
+                    self._steps.add(task)
+                    task.add_done_callback(self._steps.discard)
+                case Complete(request_id=request_id):
+                    self._end(request_id, None)
+                case Reject(request_id=request_id, reason=reason, retry_after_s=retry_after_s):
+                    self._end(request_id, RequestRefused(reason, retry_after_s))
+                case Fail(request_id=request_id, reason=reason):
+                    self._end(request_id, RequestFailed(reason))
+        self._arm()
+
+    async def _run(self, step: RunStep, prompts: Mapping[int, Prompt]) -> None:
+        try:
+            outputs = await self._engines[step.replica_id].run(step, prompts)
+            answers = [(request_id, outputs[request_id]) for request_id in step.answered()]
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # an engine may fail in any way; its requests must hear of it
+            self._feed(StepFailed(step.replica_id, step.step_id, f"engine_error: {type(error).__name__}"))
+            return
+        ended = tuple(request_id for request_id, output in answers if output.end or output.error)
+        for request_id, output in answers:
+            ticket = self._tickets.get(request_id)
+            if ticket is not None and output.error:
+                self._end(request_id, RequestFailed(output.error))
+            elif ticket is not None:
+                ticket.put(output)
+        self._feed(StepDone(step.replica_id, step.step_id, ended))
+
+    def _end(self, request_id: int, last: Exception | None) -> None:
+        ticket = self._tickets.pop(request_id, None)
+        if ticket is not None:
+            ticket.put(last)
+        if not self._tickets:
+            self._empty.set()
+
+    def _arm(self) -> None:
+        """Sets the timer that the core asks for. It fires with the later of deadline and clock, so that waking a hair
+        early cannot spin."""
+        due_s = self.core.next_timer_s()
+        if due_s == self._timer_due_s:
+            return
+        if self._timer:
+            self._timer.cancel()
+        self._timer_due_s, self._timer = due_s, None
+        if due_s is not None:
+            delay_s = max(due_s - time.monotonic(), 0.0)
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._wake, due_s)
+
+    def _wake(self, due_s: float) -> None:
+        self._timer, self._timer_due_s = None, None
+        self._feed(Wake(), max(due_s, time.monotonic()))
