@@ -104,6 +104,7 @@ class RunMeta(msgspec.Struct, frozen=True, kw_only=True):
     telemetry_source: Literal["nvml", "emulated", "none"] = "none"
     machine: dict[str, Any] = {}
     interrupted: bool = False
+    failure: str | None = None
     notes: list[str] = []
     gpuplan_version: str = ""
 

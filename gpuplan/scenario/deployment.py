@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import msgspec
+
 from gpuplan.errors import InputError
 from gpuplan.hardware import catalog, mig, roofline, shapes
 from gpuplan.scenario.demand import AutoscaleSpec, BatchingSpec, DeploymentSpec, ModelSource, ReplicaSpec, Scenario
@@ -115,6 +117,21 @@ def build(spec: DeploymentSpec, models: Mapping[str, ModelSource]) -> Deployment
         autoscale=spec.autoscale,
         models=dict(models),
     )
+
+
+def describe(deployment: Deployment) -> dict[str, object]:
+    """The deployment as `run.json` keeps it."""
+    return {
+        "gpu": deployment.gpu_name,
+        "layouts": [list(layout) for layout in deployment.layouts],
+        "slices": [{"id": s.id, "profile": s.name, "gpu": s.gpu_index, "start": s.start} for s in deployment.slices],
+        "replicas": [
+            {"id": r.id, "model": r.model, "slice": r.slice.id, "kv_tokens_max": r.kv_tokens_max}
+            for r in deployment.replicas
+        ],
+        "batching": {name: msgspec.structs.asdict(rule) for name, rule in deployment.batching.items()},
+        "price_per_hour": deployment.price_per_hour,
+    }
 
 
 def _cut(gpu: catalog.Gpu, index: int, names: list[str]) -> list[Slice]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,8 +27,8 @@ NESTING_MAX = 50
 T = TypeVar("T")
 
 
-def load(path: Path, *, gpu_auto: str | None = None) -> Scenario:
-    """The checked scenario in `path`. `gpu_auto` is what `deployment.gpu: auto` stands for on this machine.
+def load(path: Path, *, gpu_auto: Callable[[], str | None] | None = None) -> Scenario:
+    """The checked scenario in `path`. `gpu_auto` tells what `deployment.gpu: auto` stands for on this machine.
 
     Raises InputError with file, line, key, value and what is allowed.
     """
@@ -35,7 +36,8 @@ def load(path: Path, *, gpu_auto: str | None = None) -> Scenario:
     try:
         scenario = _with_absolute_paths(build(data, Scenario), path.resolve().parent)
         if scenario.deployment.gpu.lower() == "auto":
-            if gpu_auto is None:
+            here = gpu_auto() if gpu_auto else None
+            if here is None:
                 raise InputError(
                     "no known NVIDIA card in this machine",
                     key="deployment.gpu",
@@ -43,7 +45,7 @@ def load(path: Path, *, gpu_auto: str | None = None) -> Scenario:
                     allowed="a card's name or cpu",
                 )
             scenario = msgspec.structs.replace(
-                scenario, deployment=msgspec.structs.replace(scenario.deployment, gpu=gpu_auto)
+                scenario, deployment=msgspec.structs.replace(scenario.deployment, gpu=here)
             )
         check(scenario)
     except InputError as error:

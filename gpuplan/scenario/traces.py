@@ -91,3 +91,41 @@ def _seconds(text: str) -> float:
         whole, _, fraction = text.strip().removesuffix("Z").partition(".")
         moment = datetime.fromisoformat(whole).replace(tzinfo=UTC).timestamp()
         return moment + (float(f"0.{fraction}") if fraction else 0.0)
+
+
+def import_trace(trace: Path, out: Path, *, duration_s: float, model: str, gpu: str) -> int:
+    """Writes a scenario that replays the first `duration_s` of a trace, its rows in a CSV beside it; gives their
+    number. Raises InputError for a trace that is none or a place that cannot be written."""
+    import itertools
+    import json
+
+    rows = list(itertools.takewhile(lambda row: row.arrived_at_s < duration_s, read(trace)))
+    if not rows:
+        raise InputError("the trace has no rows in that time", file=str(trace), key="--duration", value=duration_s)
+    length_s = min(duration_s, rows[-1].arrived_at_s + 1.0)
+    table = out.with_suffix(".csv")
+    if table.resolve() in (trace.resolve(), out.resolve()):
+        raise InputError(
+            "would overwrite its own input", key="--out", value=str(out), allowed="another name ending in .yaml"
+        )
+    text = f"""# Replays the first {length_s:g} s of {trace.name}: {len(rows)} recorded arrivals with their lengths.
+name: {json.dumps(out.stem)}
+duration: {length_s:g}s
+models:
+  llm: {{emulate: {json.dumps(model)}}}
+traffic:
+  - name: recorded
+    model: llm
+    arrivals: {{process: trace, file: {json.dumps(table.name)}}}
+    slo: {{ttft_ms: {{p95: 1000}}, tpot_ms: {{p95: 50}}}}
+deployment:
+  gpu: {json.dumps(gpu)}
+  replicas: [{{model: llm}}]
+  batching: {{llm: {{max_batch_size: 64}}}}
+"""
+    try:
+        write(rows, table)
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write there: {error.strerror}", key="--out", value=str(out)) from None
+    return len(rows)

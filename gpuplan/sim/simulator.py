@@ -16,6 +16,7 @@ from gpuplan.policy.core import ServingCore
 from gpuplan.policy.vocabulary import Action, Arrive, Event, ReplicaUp, RunStep, StepDone, Wake
 from gpuplan.record.recorder import Answer, Recorder, Served
 from gpuplan.record.run import Run, RunMeta
+from gpuplan.scenario import deployment as supply
 from gpuplan.scenario import files
 from gpuplan.scenario.demand import Scenario
 from gpuplan.scenario.deployment import Deployment
@@ -49,7 +50,7 @@ def simulate(
             name=scenario.name,
             source="simulate",
             scenario=files.to_builtins(scenario),
-            deployment=describe(deployment),
+            deployment=supply.describe(deployment),
             seed=seed,
             started_at=datetime.now(UTC).isoformat(timespec="seconds"),
             duration_s=schedule.duration_s,
@@ -62,23 +63,6 @@ def simulate(
         *tables,
         decisions=tuple(recorder.decisions),
     )
-
-
-def describe(deployment: Deployment) -> dict[str, object]:
-    """The deployment as `run.json` keeps it."""
-    return {
-        "gpu": deployment.gpu_name,
-        "layouts": [list(layout) for layout in deployment.layouts],
-        "slices": [{"id": s.id, "profile": s.name, "gpu": s.gpu_index, "start": s.start} for s in deployment.slices],
-        "replicas": [
-            {"id": r.id, "model": r.model, "slice": r.slice.id, "kv_tokens_max": r.kv_tokens_max}
-            for r in deployment.replicas
-        ],
-        "batching": {
-            name: dict(zip(b.__struct_fields__, _values(b), strict=True)) for name, b in deployment.batching.items()
-        },
-        "price_per_hour": deployment.price_per_hour,
-    }
 
 
 class _Simulation:
@@ -173,9 +157,3 @@ def _answer(request: ScheduledRequest, served: Served, warmup_s: float, downlink
         answer.tokens = len(times)
         answer.gaps_ms = [(b - a) * 1e3 for a, b in itertools.pairwise(times)]
     return answer
-
-
-def _values(section: object) -> tuple[object, ...]:
-    import msgspec
-
-    return msgspec.structs.astuple(section)  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """An emulated GPU: spends a roofline's estimate of each step on the real clock.
 
-It keeps to its own timeline: a step that follows at once starts where the last one should have ended, so late
-wake-ups of the host do not add up. Its tokens are words without meaning, one for a token; a model that the package
+It keeps to its own timeline: a step that follows at once is given back the time by which the last one ended late, so
+late wake-ups of the host do not add up. Its tokens are words without meaning, one for a token; a model that the package
 really has (`answers`) runs on the CPU meanwhile and gives real answers at the emulated card's speed.
 """
 
@@ -19,9 +19,8 @@ from gpuplan.policy.vocabulary import RunStep
 from gpuplan.record.run import Provenance
 from gpuplan.serve.engines import Engine, Output, Prompt
 
-# A step asked for within this time of the last one's end counts as following at once: several event loop turns, and
-# well under the shortest step.
-BACK_TO_BACK_S = 0.003
+# A step asked for so soon after the last one's end was waiting for it: a few turns of the event loop.
+FOLLOWS_AT_ONCE_S = 0.0005
 
 _WORDS = ("the", "card", "is", "busy", "and", "nobody", "has", "to", "wait", "for", "long", "here")
 
@@ -33,7 +32,8 @@ class EmulatedEngine:
 
     def __init__(self, shape: ModelShape, card: Gpu, part: Profile, answers: Engine | None = None) -> None:
         self._shape, self._card, self._part, self._answers = shape, card, part, answers
-        self._planned_end_s = 0.0
+        self._ended_s = 0.0
+        self._late_s = 0.0
         self.description = f"emulated {shape.name} on {card.name} {part.name}"
 
     def tokenize(self, text: str) -> Sequence[int]:
@@ -44,13 +44,14 @@ class EmulatedEngine:
             await self._answers.load()
 
     async def run(self, step: RunStep, prompts: Mapping[int, Prompt]) -> Mapping[int, Output]:
-        begun_s = time.monotonic()
-        if begun_s - self._planned_end_s <= BACK_TO_BACK_S:
-            begun_s = self._planned_end_s
-        self._planned_end_s = begun_s + roofline.step_time_s(self._shape, self._card, self._part, step.load)
+        asked_s = time.monotonic()
+        credit_s = self._late_s if asked_s - self._ended_s <= FOLLOWS_AT_ONCE_S else 0.0
+        end_s = asked_s - credit_s + roofline.step_time_s(self._shape, self._card, self._part, step.load)
         outputs = await self._answers.run(step, prompts) if self._answers else self._say(step)
-        while (left_s := self._planned_end_s - time.monotonic()) > 0:
+        while (left_s := end_s - time.monotonic()) > 0:
             await asyncio.sleep(left_s)
+        self._ended_s = time.monotonic()
+        self._late_s = self._ended_s - end_s
         return outputs
 
     async def close(self) -> None:

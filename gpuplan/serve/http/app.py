@@ -2,8 +2,8 @@
 
 Every request is bounded before it is read (body size, time to send it) and answered with a body that a client library
 understands: 400 for what is wrong with it, 401 without the key, 404 for a model that is not here, 413 too large, 429
-with Retry-After when the model's queue is full, 503 while draining or without a replica, 500 when an engine failed. An error after the first token
-comes in the stream, as an event.
+with Retry-After when the model's queue is full, 503 while draining or without a replica, 500 when an engine failed. An
+error after the first token comes in the stream, as an event.
 """
 
 from __future__ import annotations

@@ -1,0 +1,61 @@
+"""`gpuplan bench SCENARIO`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def bench(
+    scenario: Path = typer.Argument(..., help="A scenario file."),
+    target: str = typer.Option("local", help="local (a server process on loopback), in-process, or a URL."),
+    out: Path | None = typer.Option(None, help="Run folder. Default: reports/<name>-<time>/"),
+    rate: float | None = typer.Option(None, help="Requests per second in all; the classes keep their shares."),
+    duration: str | None = typer.Option(None, help="How long to send, e.g. 30s."),
+    seed: int | None = typer.Option(None, min=0, help="Seed of arrivals and lengths."),
+    speed: float = typer.Option(1.0, help="Replay traces this much faster."),
+    api: str | None = typer.Option(None, help="openai-completions (default), openai-chat, or classify."),
+    timeout: float = typer.Option(120.0, min=0.1, help="Seconds that one request may take."),
+    header: list[str] = typer.Option([], "--header", "-H", help="'Name: value' to send with every request."),
+    allow_cpu: bool = typer.Option(False, "--allow-cpu", help="Run ONNX models on the CPU where the GPU is not here."),
+    no_plan: bool = typer.Option(False, "--no-plan", help="Measure and report only."),
+    fail_on: str | None = typer.Option(None, help='Exit 1 when met, e.g. "overall.slo_attainment < 0.99".'),
+    as_json: bool = typer.Option(False, "--json", help="Print the result as JSON."),
+) -> None:
+    """Replay a scenario against a server, and report what happened and what to run.
+
+    Example: gpuplan bench scenarios/quickstart.yaml --out reports/mine
+    """
+    from gpuplan.cli import common
+    from gpuplan.errors import InputError, RunError
+    from gpuplan.load import bench as load
+    from gpuplan.record import conditions, store
+    from gpuplan.report.live import LiveDisplay
+    from gpuplan.scenario import deployment
+
+    if fail_on:
+        conditions.parse(fail_on)
+    headers = {}
+    for line in header:
+        name, colon, value = line.partition(":")
+        if not colon or not name.strip() or any(c in line for c in "\r\n"):
+            raise InputError("not a header", key="--header", value=line, allowed="'Name: value'")
+        headers[name.strip()] = value.strip()
+    asked = common.load_scenario(scenario, duration=duration, seed=seed)
+    schedule, scale = common.build_schedule(asked, rate=rate, speed=speed)
+    resolved = deployment.resolve(asked)
+    folder = common.run_folder(out, asked.name)
+    options = load.BenchOptions(target, api, timeout, scale, speed, allow_cpu, headers)
+    with LiveDisplay(asked.name, quiet=as_json) as display:
+        run = common.run_async(load.bench(asked, resolved, schedule, options, on_tick=display.update))
+    store.write(run, folder)
+    plan = None
+    if not no_plan:
+        plan = common.make_plan(run, quiet=as_json)
+    figures = common.deliver(run, folder, plan, as_json=as_json)
+    if run.meta.failure:
+        raise RunError(run.meta.failure)
+    if not figures["overall"]["completed"]:
+        raise RunError("no request was completed")
+    common.exit_on(fail_on, figures)

@@ -1,0 +1,130 @@
+"""What several commands share: reading a scenario with its overrides, running a coroutine, delivering a run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Coroutine
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from gpuplan.record.run import Run
+    from gpuplan.scenario.demand import Scenario
+    from gpuplan.scenario.schedule import Schedule
+
+T = TypeVar("T")
+
+
+def load_scenario(path: Path, *, duration: str | None = None, seed: int | None = None) -> Scenario:
+    """The checked scenario with the command line's overrides, which must have traffic."""
+    import msgspec
+
+    from gpuplan.errors import InputError
+    from gpuplan.scenario import files
+    from gpuplan.telemetry import nvml
+
+    scenario = files.load(path, gpu_auto=nvml.auto_gpu)
+    if not scenario.traffic:
+        raise InputError("nothing to send", file=str(path), key="traffic", allowed="at least one traffic class")
+    changes: dict[str, Any] = {}
+    if duration is not None:
+        try:
+            changes["duration"] = files.duration_s(duration)
+        except ValueError:
+            raise InputError("not a duration", key="--duration", value=duration, allowed="e.g. 30s, 5m") from None
+        # A shorter run keeps the share of it that is warm-up.
+        changes["warmup"] = scenario.warmup * min(changes["duration"] / scenario.duration, 1.0)
+    if seed is not None:
+        changes["seed"] = seed
+    scenario = msgspec.structs.replace(scenario, **changes)
+    files.check(scenario)
+    return scenario
+
+
+def build_schedule(scenario: Scenario, *, rate: float | None, speed: float) -> tuple[Schedule, float]:
+    """The schedule, and the factor by which `--rate` (requests per second in all) multiplied the scenario's rates."""
+    from gpuplan.errors import InputError
+    from gpuplan.scenario import schedule
+
+    for flag, value in (("--rate", rate), ("--speed", speed)):
+        if value is not None and not 0 < value < float("inf"):
+            raise InputError("must be above zero", key=flag, value=value)
+    built = schedule.build_schedule(scenario, speed=speed)
+    scale = rate * scenario.duration / max(len(built.requests), 1) if rate is not None else 1.0
+    if scale != 1.0:
+        built = schedule.build_schedule(scenario, rate_scale=scale, speed=speed)
+    if not built.requests:
+        raise InputError("no request falls into the duration", key="duration", value=scenario.duration)
+    return built, scale
+
+
+def run_folder(out: Path | None, name: str) -> Path:
+    """The folder that `--out` names, or a new one under reports/, proven writable."""
+    from gpuplan.record import store
+
+    return store.prepare(out or Path("reports") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+
+
+def run_async(main: Coroutine[Any, Any, T]) -> T:
+    """Runs a coroutine to its end, on uvloop where there is one."""
+    import asyncio
+
+    if sys.platform == "win32":
+        return asyncio.run(main)
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main)
+
+
+def deliver(run: Run, folder: Path, plan: dict[str, Any] | None, *, as_json: bool) -> dict[str, Any]:
+    """Writes summary, plan and report beside the run, prints the answer, and gives the summary."""
+    import json
+
+    from rich.console import Console
+
+    from gpuplan.record import store, summary
+    from gpuplan.report import console, page
+
+    figures = summary.summarize(run)
+    store.write_json(folder / "summary.json", figures)
+    if plan is not None:
+        store.write_json(folder / "plan.json", plan)
+    page.write(run, figures, plan, folder / "report.html")
+    if as_json:
+        sys.stdout.write(json.dumps({"folder": str(folder), "summary": figures, "plan": plan}, default=str) + "\n")
+    else:
+        console.print_summary(run, figures, plan, Console())
+        sys.stdout.write(f"\nreport: {folder / 'report.html'}\n")
+    return figures
+
+
+def exit_on(conditions: str | None, figures: dict[str, Any]) -> None:
+    """Raises RunError when a `--fail-on` condition is met."""
+    from gpuplan.errors import RunError
+    from gpuplan.record.conditions import parse
+
+    broken = [line for c in (parse(conditions) if conditions else []) if (line := c.broken(figures))]
+    if broken:
+        raise RunError("--fail-on: " + "; ".join(broken))
+
+
+def make_plan(run: Run, *, quiet: bool) -> dict[str, Any] | None:
+    """The plan for a run's scenario, with what is being tried shown meanwhile; None when Ctrl-C ended it or nothing can
+    be planned (said aloud: the run is already on disk)."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from gpuplan.errors import GpuplanError
+    from gpuplan.plan.search import make_plan as search
+
+    console = Console(stderr=True, quiet=quiet)
+    try:
+        with console.status("planning") as status:
+            return search(run, on_progress=lambda text: status.update(Text(f"planning: {text}")))
+    except KeyboardInterrupt:
+        console.print("planning was interrupted; the report has no plan")
+    except GpuplanError as error:
+        sys.stderr.write(f"no plan: {error}\n")
+    return None

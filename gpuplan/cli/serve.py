@@ -1,0 +1,65 @@
+"""`gpuplan serve [FILE]`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+DEFAULT: dict[str, Any] = {
+    "name": "sentiment-on-cpu",
+    "models": {"sentiment": {"builtin": "sentiment"}},
+    "deployment": {"gpu": "cpu"},
+}
+
+
+def serve(
+    file: Path | None = typer.Argument(
+        None, help="A scenario file; its traffic is not used. Default: a small classifier."
+    ),
+    host: str = typer.Option("127.0.0.1", help="Address to listen on."),
+    port: int = typer.Option(8000, min=0, max=65535, help="Port to listen on; 0 picks a free one."),
+    api_key: str | None = typer.Option(None, envvar="GPUPLAN_API_KEY", help="Bearer token that requests must carry."),
+    allow_cpu: bool = typer.Option(False, "--allow-cpu", help="Run ONNX models on the CPU where the GPU is not here."),
+    drain_timeout: float = typer.Option(30.0, min=0.0, help="Seconds that running requests get after SIGTERM."),
+    record: Path | None = typer.Option(
+        None, help="Folder for the record of all steps and decisions, written at the end."
+    ),
+    as_json: bool = typer.Option(False, "--json", help="Announce the address as a JSON line."),
+) -> None:
+    """Serve models with dynamic batching over HTTP (OpenAI's API, /v1/classify, /metrics).
+
+    Example: gpuplan serve scenarios/quickstart.yaml --port 8000
+    """
+    from gpuplan.cli.common import run_async
+    from gpuplan.record import store
+    from gpuplan.scenario import deployment, files
+    from gpuplan.scenario.demand import Scenario
+    from gpuplan.serve.service import ServiceOptions
+    from gpuplan.telemetry import nvml
+
+    scenario = files.load(file, gpu_auto=nvml.auto_gpu) if file else files.build(DEFAULT, Scenario)
+    folder = store.prepare(record) if record else None
+    options = ServiceOptions(host, port, api_key, allow_cpu, folder is not None, drain_s=drain_timeout)
+    run_async(_serve(deployment.resolve(scenario), options, folder, as_json))
+
+
+async def _serve(deployment: Any, options: Any, folder: Path | None, as_json: bool) -> None:
+    import json
+
+    from gpuplan.record import store
+    from gpuplan.serve.service import serving
+
+    async with serving(deployment, options, signals=True) as service:
+        if as_json:
+            typer.echo(json.dumps({"url": service.url}))
+        else:
+            for model, engine in service.about()["engines"].items():
+                typer.echo(f"{model}: {engine}")
+            typer.echo(f"listening on {service.url}  (Ctrl-C drains and stops)")
+        if options.host not in ("127.0.0.1", "::1", "localhost") and not options.api_key:
+            typer.echo("warning: listening beyond this machine without --api-key", err=True)
+        await service.stopped()
+    if folder is not None and service.recorder is not None:
+        store.write_server_rows(service.recorder.server_rows(), service.about(), folder)

@@ -1,0 +1,159 @@
+"""From a Run to service times, and how wrong a simulation with them is.
+
+`fit` takes a run's batch rows and gives `ServiceTimes`: for each model and slice, non-negative least squares of step
+time on the roofline (or, where there is none, on tokens and samples), weighted so that every step counts by its
+relative error. `backtest` fits on the first half of the run's time and predicts the second.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gpuplan.errors import RunError
+from gpuplan.hardware.roofline import StepLoad
+from gpuplan.record import summary
+from gpuplan.record.run import Run
+from gpuplan.scenario import files
+from gpuplan.scenario.deployment import resolve
+from gpuplan.scenario.schedule import Schedule, ScheduledRequest
+from gpuplan.sim.service_times import Fit, ServiceTimes, roofline_timer
+from gpuplan.sim.simulator import simulate
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from numpy.typing import NDArray
+
+STEPS_MIN = 20
+"""Fewer steps than this say too little of a spread to fit."""
+RANKS = 64
+"""How many evenly spaced ranks keep a fit's spread."""
+CLOCK_S = 1e-5
+"""No step is shorter than this: below it the measurement is the clock's."""
+SAMPLES_FOR = {"p50": 10, "p95": 60, "p99": 300}
+"""How many requests a percentile needs before its error is worth saying: about three beyond it."""
+
+
+def fit(run: Run, *, until_s: float = float("inf")) -> ServiceTimes:
+    """Service times from the steps begun before `until_s`; empty where the run has no batch rows."""
+    deployment = resolve(files.from_builtins(run.meta.scenario))
+    by_id = {r.id: r for r in deployment.replicas}
+    steps = run.batches[~run.batches["failed"].astype(bool) & (run.batches["started_s"] < until_s)]
+    groups: dict[tuple[str, str], list[pd.DataFrame]] = {}
+    for replica_id, rows in steps.groupby("replica"):
+        replica = by_id.get(str(replica_id))
+        if replica is not None:
+            groups.setdefault((replica.model, replica.slice.name), []).append(rows)
+    fits = {}
+    for (model, slice_name), parts in groups.items():
+        replica = next(r for r in deployment.replicas if (r.model, r.slice.name) == (model, slice_name))
+        loads, seconds = _loads([row for rows in parts for row in rows.itertuples(index=False)])
+        base = roofline_timer(deployment, replica)
+        if len(loads) >= STEPS_MIN:
+            fits[(model, slice_name)] = _fit(loads, seconds, [base(load) for load in loads] if base else None)
+    uplink_s, downlink_s = _overheads(run, until_s)
+    return ServiceTimes(fits, uplink_s, downlink_s)
+
+
+def backtest(run: Run) -> dict[str, Any] | None:
+    """How far a simulation is from what was measured, on time it has not seen; None where nothing can be predicted.
+
+    Step times come from the steps of the first half, the whole schedule is simulated, and requests scheduled in the
+    second half are compared. Positive errors are predictions above the measurement.
+    """
+    scenario = files.from_builtins(run.meta.scenario)
+    half_s = (scenario.warmup + min(run.meta.duration_s, run.meta.measured_s)) / 2
+    times = fit(run, until_s=half_s)
+    try:
+        predicted_run = simulate(
+            scenario, resolve(scenario), schedule_of(run), times, seed=run.meta.seed, keep_telemetry=False
+        )
+    except RunError:
+        return None
+    measured, predicted = (summary.summarize(r, since_s=half_s) for r in (run, predicted_run))
+    pairs = {
+        path: (value, guess)
+        for path, value in _comparable(measured).items()
+        if value and (guess := _comparable(predicted).get(path)) is not None
+    }
+    if not pairs:
+        return None
+    errors = {path: (guess - value) / value * 100 for path, (value, guess) in pairs.items()}
+    what = "step times fitted on" if times.fits else "roofline alone; nothing fitted on"
+    return {
+        "error_percent": errors,
+        "measured": {path: value for path, (value, _) in pairs.items()},
+        "predicted": {path: guess for path, (_, guess) in pairs.items()},
+        "basis": f"{what} the first half of this run (steps begun before {half_s:.1f} s); "
+        "compared on the requests scheduled after it",
+        "worst_percent": max(map(abs, errors.values())),
+        "median_percent": float(np.median(np.abs(list(errors.values())))),
+        "requests": measured["overall"]["requests"],
+    }
+
+
+def schedule_of(run: Run) -> Schedule:
+    """The requests of a run that were really sent, as a schedule to simulate."""
+    rows = run.requests[run.requests["sent_s"].notna()]
+    columns = ("request_id", "scheduled_s", "traffic_class", "model", "prompt_tokens", "output_tokens")
+    requests = (
+        ScheduledRequest(int(i), float(s), str(c), str(m), int(p), int(o))
+        for i, s, c, m, p, o in rows[list(columns)].itertuples(index=False)
+    )
+    return Schedule(tuple(sorted(requests, key=lambda r: r.scheduled_s)), run.meta.duration_s)
+
+
+def _loads(rows: list[Any]) -> tuple[list[StepLoad], NDArray[np.float64]]:
+    loads = [
+        StepLoad(int(r.prefill_tokens), int(r.attended_pairs), int(r.decodes), int(r.context_tokens), int(r.samples))
+        for r in rows
+    ]
+    return loads, np.array([r.done_s - r.started_s for r in rows])
+
+
+def _fit(loads: list[StepLoad], seconds: NDArray[np.float64], roofline_s: list[float] | None) -> Fit:
+    from scipy.optimize import nnls
+
+    ones, zeros = np.ones(len(loads)), np.zeros(len(loads))
+    if roofline_s is not None:
+        features = np.column_stack([ones, np.array(roofline_s), zeros, zeros])
+    else:
+        tokens, samples = (np.array([getattr(load, name) for load in loads]) for name in ("prefill_tokens", "samples"))
+        features = np.column_stack([ones, zeros, tokens, samples])
+    seconds = np.maximum(seconds, CLOCK_S)
+    # Divided by the measured time, a residual is a relative error. A scheduler's hiccup of the host is not the step's
+    # time, so the slowest hundredth by relative residual is left to the spread.
+    coefficients, _ = nnls(features / seconds[:, None], ones)
+    kept = np.argsort(seconds / np.maximum(features @ coefficients, 1e-12))[: max(int(len(loads) * 0.99), STEPS_MIN)]
+    coefficients, _ = nnls((features / seconds[:, None])[kept], ones[kept])
+    mean = np.maximum(features @ coefficients, 1e-9)
+    ratios = np.quantile(seconds / mean, (np.arange(RANKS) + 0.5) / RANKS)
+    error = float(np.mean(np.abs(mean / seconds - 1)))
+    fixed_s, factor, per_token_s, per_sample_s = map(float, coefficients)
+    return Fit(fixed_s, factor, per_token_s, per_sample_s, tuple(map(float, ratios)), len(loads), error)
+
+
+def _overheads(run: Run, until_s: float) -> tuple[float, float]:
+    """Medians of what passes between client and core: from the schedule to the arrival, and from the last step to the
+    client's last byte. Zero where the server tells nothing."""
+    done = run.requests[(run.requests["status"] == "completed") & (run.requests["scheduled_s"] < until_s)]
+    if run.meta.source != "bench" or done.empty or done["arrived_s"].isna().all():
+        return 0.0, 0.0
+    uplink_s = (done["arrived_s"] - done["scheduled_s"]).median()
+    downlink_s = (done["done_s"] - done["finished_s"]).median()
+    return max(float(uplink_s), 0.0), max(float(downlink_s), 0.0)
+
+
+def _comparable(figures: dict[str, Any]) -> dict[str, float]:
+    """The figures that a back-test compares, by dotted path; percentiles only of samples large enough for them."""
+    found: dict[str, float] = {"overall.request_throughput": figures["overall"]["request_throughput"]}
+    if figures["overall"]["output_throughput"]:
+        found["overall.output_throughput"] = figures["overall"]["output_throughput"]
+    for name, part in figures["classes"].items():
+        metrics = ("ttft_ms", "tpot_ms", "e2el_ms") if part["ttft_ms"]["p50"] is not None else ("e2el_ms",)
+        for metric in metrics:
+            for statistic, samples in SAMPLES_FOR.items():
+                if part["completed"] >= samples and part[metric][statistic] is not None:
+                    found[f"classes.{name}.{metric}.{statistic}"] = part[metric][statistic]
+    return found

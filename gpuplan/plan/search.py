@@ -1,0 +1,210 @@
+"""The plan: which layout, what on it, how large the batches, when to scale; each choice by simulation.
+
+`make_plan(run)` goes these steps, and its document says what was tried:
+1. Step times are fitted to the run where it has steps of its own; the roofline stands in elsewhere.
+2. The fewest cards that could carry the demand by capacity (an integer programme) is where the count begins.
+3. For that many cards, every layout is simulated with its best assignments of models to slices. If none meets every
+   SLO, one card more, up to the deployment's `max_gpus`.
+4. Of those with about as much room at their tightest SLO as the best, the finalists are those that leave most of the
+   card free. They are simulated again on seeds they were not chosen on; the first that holds on all wins.
+5. On the winner, batch sizes, delays and queue limits are settled, then thresholds; the whole is simulated as it
+   stands, again on fresh seeds. Settings that fail there are taken back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from gpuplan.errors import InputError, RunError
+from gpuplan.hardware import mig
+from gpuplan.hardware.catalog import Gpu
+from gpuplan.plan import batches, calibrate, capacity, layouts, thresholds
+from gpuplan.plan.document import Findings, document
+from gpuplan.plan.trials import Trial, Trials
+from gpuplan.record.run import Run
+from gpuplan.scenario import deployment as supply
+from gpuplan.scenario import files
+from gpuplan.scenario.demand import DeploymentSpec, ReplicaSpec
+
+ASSIGNMENTS_SIMULATED = 3
+"""Per layout: the load estimate ranks well, but not so well that a later choice is never better."""
+LAYOUTS_KEPT = 8
+"""Of those that failed with n cards, how many are tried with n + 1."""
+FINALISTS = 4
+ALIKE = 0.05
+"""Margins this close are the same: the difference is the noise of a percentile."""
+FRESH_SEEDS = (1001, 2002)
+
+
+def make_plan(run: Run, *, on_progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """`plan.json` for the scenario of a run. Raises RunError when a model's step times are unknown or it fits nowhere.
+
+    `on_progress` is told in a few words what is being tried.
+    """
+    started_s = time.perf_counter()
+    scenario = files.from_builtins(run.meta.scenario)
+    trials = Trials(scenario, calibrate.fit(run), rate_scale=run.meta.rate_scale, speed=run.meta.speed)
+    own = supply.resolve(scenario)
+    if own.gpu is None:
+        found = _Found(trials.trial(scenario.deployment), bound=None)
+    else:
+        found = _Layouts(trials, own.gpu, scenario.deployment, on_progress).search()
+    on_progress("settling batch sizes")
+    spec, reasons = batches.recommend(trials, found.winner)
+    final = trials.trial(spec, seeds=(0,))
+    fresh = {seed: trials.whole(final.deployment, seed=seed) for seed in FRESH_SEEDS}
+    if found.winner.holds and not all(figures["meets_slos"] for figures in fresh.values()):
+        final = trials.trial(found.winner.spec, seeds=(0,))
+        fresh = {seed: trials.whole(final.deployment, seed=seed) for seed in FRESH_SEEDS}
+        reasons = dict.fromkeys(
+            reasons, "as configured: other settings did better on the seeds they were tuned on only"
+        )
+    on_progress("finding thresholds")
+    gpus = len(final.deployment.layouts)
+    scaling = {name: thresholds.recommend(trials, final.deployment, name, gpus) for name in scenario.models}
+    on_progress("comparing the simulation with the run")
+    return document(
+        Findings(
+            trials=trials,
+            final=final,
+            predicted=trials.whole(final.deployment),
+            fresh=fresh,
+            bound=found.bound,
+            layouts_tried=found.tried,
+            batching_reasons=reasons,
+            autoscale=scaling,
+            backtest=calibrate.backtest(run) if run.meta.source == "bench" else None,
+            notes=found.notes,
+            started_s=started_s,
+        )
+    )
+
+
+@dataclass(slots=True)
+class LayoutTried:
+    """One layout with so many cards: its best trial, or the reason there is none."""
+
+    count: int
+    profiles: tuple[str, ...]
+    trial: Trial | None
+    impossible: str = ""
+
+
+@dataclass(slots=True)
+class _Found:
+    winner: Trial
+    bound: int | None
+    tried: list[LayoutTried] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class _Layouts:
+    """The search over layouts of one kind of card."""
+
+    def __init__(self, trials: Trials, card: Gpu, own: DeploymentSpec, on_progress: Callable[[str], None]) -> None:
+        self._trials, self._card, self._own, self._say = trials, card, own, on_progress
+        self._rates = {name: demand.rate_per_s for name, demand in trials.demands.items()}
+        self._capacities = self._all_capacities()
+
+    def search(self) -> _Found:
+        bound = layouts.gpus_needed_min(self._card, self._rates, self._capacities)
+        most = self._own.autoscale.max_gpus
+        tried: list[LayoutTried] = []
+        wanted: set[tuple[str, ...]] | None = None
+        best: Trial | None = None
+        for count in range(min(bound or 1, most), most + 1):
+            round_ = self._round(count, wanted)
+            tried += round_
+            ranked = sorted((t.trial for t in round_ if t.trial), key=lambda t: t.rank)
+            if ranked and ranked[0].holds:
+                winner = self._verified([t for t in ranked if t.holds])
+                if winner is not None:
+                    return _Found(winner, bound, tried)
+            if ranked and (best is None or ranked[0].rank < best.rank):
+                best = ranked[0]
+            wanted = {layout_of(t.spec) for t in ranked[:LAYOUTS_KEPT]} or None
+        if best is None:
+            raise RunError(f"no layout of up to {most} x {self._card.name} has a slice for every model")
+        note = f"no layout of up to {most} cards (autoscale.max_gpus) meets every SLO; this is the best attempt"
+        return _Found(best, bound, tried, [note])
+
+    def _round(self, count: int, wanted: set[tuple[str, ...]] | None) -> list[LayoutTried]:
+        found = layouts.candidates(self._card, count, self._rates, self._capacities, best=ASSIGNMENTS_SIMULATED)
+        tried = []
+        for i, (profiles, choices) in enumerate(found.items(), start=1):
+            if wanted is not None and profiles not in wanted:
+                continue
+            self._say(f"{count} x {self._card.name}, layout {i} of {len(found)}: {' + '.join(profiles)}")
+            results = [self._trials.trial(self._spec(count, profiles, choice.replicas)) for choice in choices]
+            best = self._trimmed(min(results, key=lambda t: t.rank)) if results else None
+            tried.append(LayoutTried(count, profiles, best, "" if best else self._why_impossible(profiles, count)))
+        return tried
+
+    def _trimmed(self, trial: Trial, margin_max: float | None = None) -> Trial:
+        """The trial without the replicas that it holds as well without: what is left free, others can have."""
+        margin_max = trial.margin * (1 + ALIKE) if margin_max is None else margin_max
+        for spec in _one_replica_fewer(trial.spec):
+            smaller = self._trials.trial(spec)
+            if smaller.holds and smaller.margin <= margin_max:
+                return self._trimmed(smaller, margin_max)
+        return trial
+
+    def _verified(self, holding: list[Trial]) -> Trial | None:
+        """The first of the finalists that holds on every fresh seed, or None."""
+        self._say("checking the finalists on fresh seeds")
+        alike = [t for t in holding if t.margin <= holding[0].margin * (1 + ALIKE)]
+        alike.sort(key=lambda t: (t.occupied, t.rank))
+        others = [t for t in holding if t not in alike]
+        for finalist in [*alike, *others][:FINALISTS]:
+            if self._trials.trial(finalist.spec, seeds=(0, *FRESH_SEEDS)).holds:
+                return finalist
+        return None
+
+    def _spec(self, count: int, profiles: tuple[str, ...], replicas: tuple[ReplicaSpec, ...]) -> DeploymentSpec:
+        cut = [] if profiles == (mig.WHOLE,) else list(profiles)
+        return msgspec.structs.replace(self._own, count=count, mig=cut, replicas=list(replicas))
+
+    def _all_capacities(self) -> dict[tuple[str, str], float]:
+        """Requests per second of every model on every profile of the card that it fits."""
+        found = {}
+        for part in (mig.whole(self._card), *mig.profiles(self._card)):
+            for name, source in self._trials.scenario.models.items():
+                alone = ReplicaSpec(model=name, slice=part.name)
+                try:
+                    deployment = supply.build(self._spec(1, (part.name,), (alone,)), {name: source})
+                except InputError:
+                    continue  # it does not fit there
+                (replica,) = deployment.replicas
+                timer = self._trials.times.timer(deployment, replica)
+                found[(name, part.name)] = capacity.requests_per_s_max(
+                    replica, timer, self._trials.demands[name], deployment.batching[name]
+                )
+        return found
+
+    def _why_impossible(self, profiles: tuple[str, ...], count: int) -> str:
+        for model in self._rates:
+            if not any((model, kind) in self._capacities for kind in profiles):
+                return f"no slice has the memory for {model}"
+        return f"{len(profiles) * count} slice(s) for {len(self._rates)} models, each of which needs one of its own"
+
+
+def _one_replica_fewer(spec: DeploymentSpec) -> Iterator[DeploymentSpec]:
+    """Every way to drop one replica and keep one of each model, the first named (the largest slices) first."""
+    counts: Counter[str] = Counter()
+    for row in spec.replicas:
+        counts[row.model] += row.count
+    for i, row in enumerate(spec.replicas):
+        if counts[row.model] > 1:
+            fewer = [msgspec.structs.replace(row, count=row.count - 1)] if row.count > 1 else []
+            yield msgspec.structs.replace(spec, replicas=[*spec.replicas[:i], *fewer, *spec.replicas[i + 1 :]])
+
+
+def layout_of(spec: DeploymentSpec) -> tuple[str, ...]:
+    """The profile names of one card of a deployment."""
+    return tuple(spec.mig) or (mig.WHOLE,)

@@ -1,0 +1,117 @@
+"""When to add and remove replicas: thresholds on queue depth, from simulated loads below and above what the plan holds.
+
+The metric is requests waiting per replica: GPU utilisation says 'busy' at 60 % and at 300 % of what a replica can
+bear, a queue does not. Each model is simulated at multiples of the scenario's rate: doubled until its SLOs break, then
+halved in between. The queue at the highest load that holds gives the threshold to scale up; the queue at a load that
+one replica fewer would hold too gives the threshold to scale down.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from gpuplan.plan.trials import Trials
+from gpuplan.scenario.deployment import Deployment
+
+METRIC = "queue_depth_per_replica"
+FACTOR_MAX = 64.0
+HALVINGS = 2
+# Kubernetes' Horizontal Pod Autoscaler waits 300 s before it scales down, and looks every 15 s.
+STABILIZATION_WINDOW_S = 300.0
+COOLDOWN_S_MIN = 15.0
+DOWN_MARGIN = 0.8
+"""Scale down only where one replica fewer would still be this far below what it holds."""
+QUEUE_MIN = 1.0
+"""No threshold below one waiting request: the metric counts whole ones."""
+
+
+def recommend(trials: Trials, deployment: Deployment, model: str, gpus: int) -> dict[str, Any]:
+    """`autoscale.<model>` of a plan, the simulated loads behind it included."""
+    rows = _sweep(trials, deployment, model)
+    replicas = len(deployment.replicas_of(model))
+    held = [row for row in rows if row["meets_slos"]]
+    last = held[-1] if held else None
+    missed = next((row for row in rows if not row["meets_slos"]), None)
+    up = max(round(_up(last, missed), 1), QUEUE_MIN)
+    scale = deployment.autoscale
+    return {
+        "metric": METRIC,
+        "scale_up_at": up,
+        "scale_down_at": _down(held, replicas, up),
+        "cooldown_s": max(scale.cold_start, COOLDOWN_S_MIN),
+        "stabilization_window_s": max(STABILIZATION_WINDOW_S, 2 * scale.cold_start),
+        "min_replicas": replicas,
+        "max_replicas": replicas * max(scale.max_gpus // max(gpus, 1), 1),
+        "holds_up_to_factor": last["rate_factor"] if last else None,
+        "reason": _reason(last, missed),
+        "evidence": rows,
+    }
+
+
+def highest_held(trials: Trials, deployment: Deployment, model: str) -> float:
+    """The highest multiple of the rate at which the model's SLOs hold; 1 where none does."""
+    held = [row["rate_factor"] for row in _sweep(trials, deployment, model) if row["meets_slos"]]
+    return float(max([*held, 1.0]))
+
+
+def _sweep(trials: Trials, deployment: Deployment, model: str) -> list[dict[str, Any]]:
+    """Loads and what became of them, in order of load, none after the first that misses an SLO."""
+    rows = {factor: _row(trials, deployment, model, factor) for factor in (0.5, 1.0)}
+    factor = 1.0
+    while rows[factor]["meets_slos"] and factor < FACTOR_MAX:
+        factor *= 2
+        rows[factor] = _row(trials, deployment, model, factor)
+    if not rows[factor]["meets_slos"]:
+        good, bad = factor / 2, factor
+        for _ in range(HALVINGS):
+            middle = round(math.sqrt(good * bad), 2)
+            rows[middle] = _row(trials, deployment, model, middle)
+            good, bad = (middle, bad) if rows[middle]["meets_slos"] else (good, middle)
+    ordered = [rows[factor] for factor in sorted(rows)]
+    first_miss = next((i for i, row in enumerate(ordered) if not row["meets_slos"]), len(ordered))
+    return ordered[: first_miss + 1]
+
+
+def _row(trials: Trials, deployment: Deployment, model: str, factor: float) -> dict[str, Any]:
+    part = trials.part(deployment, model, factor=factor)
+    depth = part.figures["models"][model]["queue_depth"]
+    replicas = len(deployment.replicas_of(model))
+    return {
+        "rate_factor": factor,
+        "queue_depth_per_replica": depth["mean"] / replicas if depth else 0.0,
+        "queue_depth_per_replica_p95": depth["p95"] / replicas if depth else 0.0,
+        "slo_attainment": part.figures["overall"]["slo_attainment"],
+        "meets_slos": part.holds and not part.figures["overall"]["rejected"],
+    }
+
+
+def _up(last: dict[str, Any] | None, missed: dict[str, Any] | None) -> float:
+    """What the queue reaches one time in twenty while the SLOs still hold, and no more than its mean when they do not:
+    a threshold above that would never be crossed."""
+    if last is None:
+        return 0.0
+    reached = float(last["queue_depth_per_replica_p95"])
+    return min(reached, float(missed["queue_depth_per_replica"])) if missed else reached
+
+
+def _down(held: list[dict[str, Any]], replicas: int, up: float) -> float:
+    """The queue at a load that would still hold after one of `replicas + 1` is gone."""
+    if not held:
+        return 0.0
+    safe_factor = held[-1]["rate_factor"] * replicas / (replicas + 1) * DOWN_MARGIN
+    safe = [row["queue_depth_per_replica"] for row in held if row["rate_factor"] <= safe_factor]
+    return min(round(max(safe, default=0.0), 2), up / 2)
+
+
+def _reason(last: dict[str, Any] | None, missed: dict[str, Any] | None) -> str:
+    if last is None:
+        return "no load that was simulated holds the SLOs: scale up as soon as a request waits"
+    mean, p95 = last["queue_depth_per_replica"], last["queue_depth_per_replica_p95"]
+    waiting = f"{mean:.2g} waiting per replica on average, p95 {p95:.2g}"
+    if missed is None:
+        return f"the SLOs hold at every load simulated, up to {last['rate_factor']:g} x the rate ({waiting})"
+    return (
+        f"the SLOs hold up to {last['rate_factor']:g} x the rate ({waiting}) and break at "
+        f"{missed['rate_factor']:g} x ({missed['queue_depth_per_replica']:.2g} waiting)"
+    )
