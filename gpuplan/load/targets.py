@@ -90,15 +90,8 @@ class _Process:
     async def start(cls, scenario: Scenario, folder: Path, *, allow_cpu: bool) -> _Process:
         file = folder / "scenario.yaml"  # JSON is YAML
         file.write_bytes(msgspec.json.encode(files.to_builtins(scenario)))
-        arguments = [
-            "serve",
-            str(file),
-            "--port",
-            "0",
-            "--record",
-            str(folder),
-            *(["--allow-cpu"] if allow_cpu else []),
-        ]
+        arguments = ["serve", str(file), "--port", "0", "--json", "--record", str(folder)]
+        arguments += ["--allow-cpu"] if allow_cpu else []
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "gpuplan", *arguments,
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
@@ -108,9 +101,11 @@ class _Process:
         try:
             line = await asyncio.wait_for(process.stdout.readline(), START_S_MAX)
             url = json.loads(line)["url"]
-        except (TimeoutError, ValueError):
+        except BaseException as error:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
+            if not isinstance(error, TimeoutError | ValueError):
+                raise
             said = (await process.stderr.read()).decode(errors="replace").strip().splitlines()
             raise RunError(f"the server did not start: {said[-1] if said else 'it said nothing'}") from None
         return cls(process, Target.parse(url), folder)

@@ -96,13 +96,18 @@ def _seconds(text: str) -> float:
 def import_trace(trace: Path, out: Path, *, duration_s: float, model: str, gpu: str) -> int:
     """Writes a scenario that replays the first `duration_s` of a trace, its rows in a CSV beside it; gives their
     number. Raises InputError for a trace that is none or a place that cannot be written."""
-    import itertools
     import json
 
-    rows = list(itertools.takewhile(lambda row: row.arrived_at_s < duration_s, read(trace)))
+    rows: list[TraceRow] = []
+    length_s = duration_s
+    for row in read(trace):
+        if row.arrived_at_s >= duration_s:
+            break
+        rows.append(row)
+    else:
+        length_s = rows[-1].arrived_at_s + 1.0 if rows else 0.0  # the trace ends before
     if not rows:
-        raise InputError("the trace has no rows in that time", file=str(trace), key="--duration", value=duration_s)
-    length_s = min(duration_s, rows[-1].arrived_at_s + 1.0)
+        raise InputError("the trace has no rows", file=str(trace))
     table = out.with_suffix(".csv")
     if table.resolve() in (trace.resolve(), out.resolve()):
         raise InputError(

@@ -143,7 +143,7 @@ class Server:
             match action:
                 case RunStep():
                     prompts = {p.request_id: self._tickets[p.request_id].prompt for p in action.prefills}
-                    task = asyncio.get_running_loop().create_task(self._run(action, prompts))
+                    task = asyncio.get_running_loop().create_task(self._run(action, prompts, now_s))
                     self._steps.add(task)
                     task.add_done_callback(self._steps.discard)
                 case Complete(request_id=request_id):
@@ -154,9 +154,9 @@ class Server:
                     self._end(request_id, RequestFailed(reason))
         self._arm()
 
-    async def _run(self, step: RunStep, prompts: Mapping[int, Prompt]) -> None:
+    async def _run(self, step: RunStep, prompts: Mapping[int, Prompt], asked_s: float) -> None:
         try:
-            outputs = await self._engines[step.replica_id].run(step, prompts)
+            outputs = await self._engines[step.replica_id].run(step, prompts, asked_s=asked_s)
             answers = [(request_id, outputs[request_id]) for request_id in step.answered()]
         except asyncio.CancelledError:
             raise

@@ -45,8 +45,13 @@ class Engine(Protocol):
         """Loads and warms up; afterwards `run` may be called. Raises RunError or InputError when it cannot."""
         ...
 
-    async def run(self, step: RunStep, prompts: Mapping[int, Prompt]) -> Mapping[int, Output]:
-        """Runs one step and answers the requests of `step.answered()`."""
+    async def run(self, step: RunStep, prompts: Mapping[int, Prompt], *, asked_s: float) -> Mapping[int, Output]:
+        """Runs one step and answers the requests of `step.answered()`. `asked_s` is when the core decided on it, on the
+        monotonic clock."""
+        ...
+
+    def notes(self) -> list[str]:
+        """What a reader of the measurements must know of this engine; usually nothing."""
         ...
 
     async def close(self) -> None:

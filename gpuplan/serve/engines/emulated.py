@@ -1,7 +1,7 @@
 """An emulated GPU: spends a roofline's estimate of each step on the real clock.
 
-It keeps to its own timeline: a step that follows at once is given back the time by which the last one ended late, so
-late wake-ups of the host do not add up. Its tokens are words without meaning, one for a token; a model that the package
+It keeps to its own timeline: a step that was waiting for the last one begins where that one should have ended, so late
+wake-ups of the host do not add up. When the host is late all the same, `notes` says so. Its tokens are words without meaning, one for a token; a model that the package
 really has (`answers`) runs on the CPU meanwhile and gives real answers at the emulated card's speed.
 """
 
@@ -19,8 +19,11 @@ from gpuplan.policy.vocabulary import RunStep
 from gpuplan.record.run import Provenance
 from gpuplan.serve.engines import Engine, Output, Prompt
 
-# A step asked for so soon after the last one's end was waiting for it: a few turns of the event loop.
+# A step decided on so soon after the last one's end was waiting for it: one turn of the event loop.
 FOLLOWS_AT_ONCE_S = 0.0005
+LATE_S = 0.005
+LATE_SHARE_MAX = 0.01
+"""More than this share of steps later than LATE_S: then the host was the limit, not the emulated card."""
 
 _WORDS = ("the", "card", "is", "busy", "and", "nobody", "has", "to", "wait", "for", "long", "here")
 
@@ -32,8 +35,10 @@ class EmulatedEngine:
 
     def __init__(self, shape: ModelShape, card: Gpu, part: Profile, answers: Engine | None = None) -> None:
         self._shape, self._card, self._part, self._answers = shape, card, part, answers
+        self._planned_end_s = 0.0
         self._ended_s = 0.0
-        self._late_s = 0.0
+        self._steps = 0
+        self._late_steps = 0
         self.description = f"emulated {shape.name} on {card.name} {part.name}"
 
     def tokenize(self, text: str) -> Sequence[int]:
@@ -43,16 +48,25 @@ class EmulatedEngine:
         if self._answers:
             await self._answers.load()
 
-    async def run(self, step: RunStep, prompts: Mapping[int, Prompt]) -> Mapping[int, Output]:
-        asked_s = time.monotonic()
-        credit_s = self._late_s if asked_s - self._ended_s <= FOLLOWS_AT_ONCE_S else 0.0
-        end_s = asked_s - credit_s + roofline.step_time_s(self._shape, self._card, self._part, step.load)
-        outputs = await self._answers.run(step, prompts) if self._answers else self._say(step)
-        while (left_s := end_s - time.monotonic()) > 0:
+    async def run(self, step: RunStep, prompts: Mapping[int, Prompt], *, asked_s: float) -> Mapping[int, Output]:
+        seconds = roofline.step_time_s(self._shape, self._card, self._part, step.load)
+        waited = asked_s - self._ended_s <= FOLLOWS_AT_ONCE_S
+        # Never more than one step's time is made good: a host that cannot keep up is late, and has to show it.
+        begun_s = max(self._planned_end_s, asked_s - seconds) if waited else asked_s
+        self._planned_end_s = begun_s + seconds
+        outputs = await self._answers.run(step, prompts, asked_s=asked_s) if self._answers else self._say(step)
+        while (left_s := self._planned_end_s - time.monotonic()) > 0:
             await asyncio.sleep(left_s)
         self._ended_s = time.monotonic()
-        self._late_s = self._ended_s - end_s
+        self._steps += 1
+        self._late_steps += self._ended_s - self._planned_end_s > LATE_S
         return outputs
+
+    def notes(self) -> list[str]:
+        if self._late_steps <= self._steps * LATE_SHARE_MAX:
+            return []
+        share = self._late_steps / self._steps
+        return [f"{share:.1%} of the emulated steps ended over {LATE_S * 1e3:g} ms late: the host was a limit"]
 
     async def close(self) -> None:
         if self._answers:

@@ -51,9 +51,12 @@ class OnnxEngine:
     async def load(self) -> None:
         await asyncio.get_running_loop().run_in_executor(self._thread, self._load)
 
-    async def run(self, step: RunStep, prompts: Mapping[int, Prompt]) -> Mapping[int, Output]:
+    async def run(self, step: RunStep, prompts: Mapping[int, Prompt], *, asked_s: float) -> Mapping[int, Output]:
         batch = [(p.request_id, prompts[p.request_id].token_ids) for p in step.prefills]
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, batch)
+
+    def notes(self) -> list[str]:
+        return []
 
     async def close(self) -> None:
         await asyncio.get_running_loop().run_in_executor(self._thread, self._unload)

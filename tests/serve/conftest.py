@@ -1,0 +1,66 @@
+"""A server on a real event loop with engines that do what a test tells them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+
+import pytest
+
+from gpuplan.policy.vocabulary import RunStep
+from gpuplan.record.run import Provenance
+from gpuplan.scenario import deployment, files
+from gpuplan.scenario.deployment import Deployment
+from gpuplan.scenario.demand import Scenario
+from gpuplan.serve.engines import Output, Prompt
+
+SCENARIO = {
+    "name": "fake",
+    "models": {"chat": {"emulate": "llama-3-8b"}, "mood": {"emulate": "bert-base"}},
+    "deployment": {
+        "gpu": "a100-80gb",
+        "mig": ["3g.40gb", "1g.10gb"],
+        "replicas": [{"model": "chat", "slice": "3g.40gb"}, {"model": "mood", "slice": "1g.10gb"}],
+        "batching": {"chat": {"max_batch_size": 4, "max_queue_size": 4}, "mood": {"max_batch_size": 2, "max_queue_size": 4}},
+    },
+}
+
+
+class FakeEngine:
+    """Answers a step when `gate` is open; fails it when `failure` is set; `bad` requests get an output with an error."""
+
+    description = "fake"
+    provenance: Provenance = "emulated"
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.failure: Exception | None = None
+        self.bad: set[int] = set()
+        self.steps: list[RunStep] = []
+        self.closed = False
+
+    def tokenize(self, text: str) -> Sequence[int]:
+        return bytes(len(text.split()))
+
+    async def load(self) -> None:
+        pass
+
+    async def run(self, step: RunStep, prompts: Mapping[int, Prompt], *, asked_s: float) -> Mapping[int, Output]:
+        self.steps.append(step)
+        await self.gate.wait()
+        await asyncio.sleep(0)
+        if self.failure is not None:
+            raise self.failure
+        return {i: Output(f"t{i} ", error="nan_output" if i in self.bad else None) for i in step.answered()}
+
+    def notes(self) -> list[str]:
+        return []
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture()
+def fake_deployment() -> Deployment:
+    return deployment.resolve(files.build(SCENARIO, Scenario))

@@ -1,0 +1,210 @@
+"""The HTTP faces over loopback, with real clients."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from gpuplan.scenario import deployment, files
+from gpuplan.scenario.demand import Scenario
+from gpuplan.serve.http import app
+from gpuplan.serve.service import Service, ServiceOptions, serving
+
+CPU = {
+    "name": "cpu",
+    "models": {"sentiment": {"builtin": "sentiment"}},
+    "deployment": {"gpu": "cpu", "batching": {"sentiment": {"max_queue_size": 2, "max_batch_size": 2}}},
+}
+EMULATED = {
+    "name": "emulated",
+    "models": {"llm": {"emulate": "llama-3-8b"}, "sentiment": {"builtin": "sentiment"}},
+    "deployment": {
+        "gpu": "h100-80gb",
+        "mig": ["4g.40gb", "1g.10gb"],
+        "replicas": [{"model": "llm", "slice": "4g.40gb"}, {"model": "sentiment", "slice": "1g.10gb"}],
+        "batching": {"llm": {"max_batch_size": 1, "max_queue_size": 1}},
+    },
+}
+
+Scene = Callable[[httpx.AsyncClient, Service], Awaitable[None]]
+
+
+@contextlib.asynccontextmanager
+async def served(scenario: dict[str, Any], **options: Any) -> AsyncIterator[tuple[httpx.AsyncClient, Service]]:
+    resolved = deployment.resolve(files.build(scenario, Scenario))
+    async with (
+        serving(resolved, ServiceOptions(record=True, drain_s=2.0, **options)) as service,
+        httpx.AsyncClient(base_url=service.url, timeout=10) as client,
+    ):
+        yield client, service
+
+
+def run(scenario: dict[str, Any], scene: Scene, **options: Any) -> None:
+    async def main() -> None:
+        async with served(scenario, **options) as (client, service):
+            await scene(client, service)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("scenario", [CPU, EMULATED], ids=["cpu", "emulated card"])
+def test_the_built_in_classifier_really_answers(scenario: dict[str, Any]) -> None:
+    async def scene(client: httpx.AsyncClient, service: Service) -> None:
+        for text, label in (("I am happy, this is great", "positive"), ("this is sad and bad", "negative")):
+            answer = (await client.post("/v1/classify", json={"model": "sentiment", "input": text})).json()
+            assert answer["label"] == label
+            assert 0.5 < answer["confidence"] <= 1
+            assert answer["processing_time_ms"] > 0
+            completion = await client.post("/v1/completions", json={"model": "sentiment", "prompt": text})
+            assert completion.json()["choices"][0]["text"] == label
+        both = await client.post("/v1/classify", json={"model": "sentiment", "input": ["great", "awful"]})
+        assert [r["label"] for r in both.json()["results"]] == ["positive", "negative"]
+
+    run(scenario, scene)
+
+
+def test_openais_client_completes_chats_and_streams() -> None:
+    async def scene(client: httpx.AsyncClient, service: Service) -> None:
+        async with openai.AsyncOpenAI(base_url=f"{service.url}/v1", api_key="unused", max_retries=0) as ai:
+            whole = await ai.completions.create(model="llm", prompt="one two three", max_tokens=4)
+            assert whole.usage is not None
+            assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (3, 4)
+            assert whole.choices[0].finish_reason == "length"
+            stream = await ai.chat.completions.create(
+                model="llm",
+                messages=[{"role": "user", "content": "hello there"}],
+                max_tokens=5,
+                stream=True,
+                stream_options={"include_usage": True},
+            )
+            chunks = [chunk async for chunk in stream]
+            assert chunks[0].choices[0].delta.role == "assistant"
+            tokens = [c for c in chunks if c.choices and c.choices[0].delta.content]
+            assert len(tokens) == 5
+            assert len({c.id for c in chunks}) == 1
+            assert chunks[-1].usage is not None
+            assert chunks[-1].usage.completion_tokens == 5
+            assert [m.id async for m in ai.models.list()] == ["llm", "sentiment"]
+            with pytest.raises(openai.NotFoundError):
+                await ai.completions.create(model="gpt-9", prompt="x")
+            with pytest.raises(openai.BadRequestError, match="too long"):
+                await ai.completions.create(model="llm", prompt="x", max_tokens=9000)
+
+    run(EMULATED, scene)
+
+
+def test_a_full_queue_answers_429_with_retry_after() -> None:
+    async def scene(client: httpx.AsyncClient, service: Service) -> None:
+        body = {"model": "llm", "prompt": "x", "max_tokens": 30}
+        answers = await asyncio.gather(*(client.post("/v1/completions", json=body) for _ in range(6)))
+        codes = sorted(a.status_code for a in answers)
+        assert codes == [200, 200, 429, 429, 429, 429], "one runs, one waits"
+        refused = next(a for a in answers if a.status_code == 429)
+        assert int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["error"]["type"] == "RateLimitError"
+
+    run(EMULATED, scene)
+
+
+BAD_BODIES = [
+    ("/v1/completions", b"{", 400, "not valid JSON"),
+    ("/v1/completions", b'{"model": NaN}', 400, "not valid JSON"),
+    ("/v1/completions", b"[" * 100_000, 400, ""),
+    ("/v1/completions", b'{"model": "sentiment"}', 400, "prompt"),
+    ("/v1/completions", b'{"model": "sentiment", "prompt": ""}', 400, "empty"),
+    ("/v1/completions", b'{"model": "sentiment", "prompt": ["a", "b"]}', 400, "one prompt"),
+    ("/v1/completions", b'{"model": "sentiment", "prompt": "x", "max_tokens": -1}', 400, "max_tokens"),
+    ("/v1/completions", b'{"model": "sentiment", "prompt": "x", "n": 1000000000}', 400, "n"),
+    ("/v1/completions", b'{"model": "../../etc/passwd", "prompt": "x"}', 404, "no such model"),
+    ("/v1/chat/completions", b'{"model": "sentiment", "messages": []}', 400, "messages"),
+    ("/v1/classify", b'{"model": "sentiment", "input": "  "}', 400, "not empty"),
+    ("/v1/classify", b'{"model": "sentiment", "input": []}', 400, "not empty"),
+    ("/v1/classify", b'{"model": "sentiment", "input": "!!!"}', 400, "no words"),
+    ("/v1/classify", json.dumps({"model": "sentiment", "input": "word " * 3000}).encode(), 400, "too long"),
+    ("/v1/classify", b" " * (app.BODY_BYTES_MAX + 1), 413, "larger"),
+]
+
+
+def test_bad_bodies_get_a_clear_error_and_the_server_lives() -> None:
+    async def scene(client: httpx.AsyncClient, service: Service) -> None:
+        for path, body, status, said in BAD_BODIES:
+            answer = await client.post(path, content=body)
+            assert answer.status_code == status, (body[:60], answer.text)
+            error = answer.json()["error"]
+            assert said in error["message"], (body[:60], error)
+            assert set(error) == {"message", "type", "param", "code"}
+        assert (await client.get("/v1/classify")).status_code == 405
+        assert (await client.get("/nowhere")).status_code == 404
+        assert (await client.get("/health/ready")).status_code == 200
+
+    run(CPU, scene)
+
+
+def test_a_client_that_hangs_up_frees_its_place() -> None:
+    async def scene(client: httpx.AsyncClient, service: Service) -> None:
+        body = {"model": "llm", "prompt": "x", "max_tokens": 5000, "stream": True}
+        async with client.stream("POST", "/v1/completions", json=body) as answer:
+            await anext(answer.aiter_bytes())
+            assert service.server.core.in_flight == 1
+        for _ in range(200):
+            if service.server.core.in_flight == 0:
+                return
+            await asyncio.sleep(0.01)
+        raise AssertionError("the request still runs for nobody")
+
+    run(EMULATED, scene)
+
+
+def test_metrics_parse_and_count() -> None:
+    async def scene(client: httpx.AsyncClient, service: Service) -> None:
+        await client.post("/v1/completions", json={"model": "llm", "prompt": "a b", "max_tokens": 3})
+        text = (await client.get("/metrics")).text
+        samples = {
+            (s.name, *sorted(s.labels.items())): s.value
+            for family in text_string_to_metric_families(text)
+            for s in family.samples
+        }
+        assert samples[("gpuplan_requests_total", ("model", "llm"), ("outcome", "completed"))] == 1
+        assert samples[("gpuplan_generation_tokens_total", ("model", "llm"))] == 3
+        assert samples[("gpuplan_prompt_tokens_total", ("model", "llm"))] == 2
+        assert samples[("gpuplan_requests_waiting", ("model", "llm"))] == 0
+        assert samples[("gpuplan_step_seconds_count", ("model", "llm"))] == 3
+
+    run(EMULATED, scene)
+
+
+def test_a_key_guards_all_but_health() -> None:
+    async def scene(client: httpx.AsyncClient, service: Service) -> None:
+        for path in ("/v1/models", "/metrics"):
+            assert (await client.get(path)).status_code == 401
+            assert (await client.get(path, headers={"Authorization": "Bearer wrong"})).status_code == 401
+            assert (await client.get(path, headers={"Authorization": "Bearer secret"})).status_code == 200
+        assert (await client.get("/health/live")).status_code == 200
+
+    run(CPU, scene, api_key="secret")
+
+
+def test_the_server_keeps_a_record_of_what_it_did() -> None:
+    async def scene(client: httpx.AsyncClient, service: Service) -> None:
+        await client.post(
+            "/v1/completions", json={"model": "llm", "prompt": "a b", "max_tokens": 3}, headers={"X-Request-Id": "17"}
+        )
+        await asyncio.sleep(0.25)
+        assert service.recorder is not None
+        rows = service.recorder.server_rows()
+        assert list(rows.served["client_id"]) == ["17"]
+        assert list(rows.served["replica"]) == ["llm-0"]
+        assert list(rows.batches["decodes"]) == [0, 1, 1]
+        assert (rows.batches["done_s"] > rows.batches["started_s"]).all()
+        assert set(rows.telemetry["source"]) == {"emulated"}
+        assert rows.telemetry["gpu_utilization"].max() > 0
+
+    run(EMULATED, scene)
