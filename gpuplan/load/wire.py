@@ -148,6 +148,7 @@ class _Connection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._now_s = 0.0
         self._complete = False
+        self._keep_alive = False
         self.lost = False
 
     def begin(self, data: bytes, exchange: Exchange, timeout_s: float) -> None:
@@ -180,9 +181,8 @@ class _Connection(asyncio.Protocol):
             self._finish("malformed", str(error))
             return
         if self._complete:
-            keep = self._parser.should_keep_alive()
             self._finish(None, None)
-            if not keep:
+            if not self._keep_alive:
                 self.drop()
 
     def eof_received(self) -> bool:
@@ -218,6 +218,7 @@ class _Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         self._complete = True
+        self._keep_alive = self._parser.should_keep_alive()
 
     # --- ends ------------------------------------------------------------------------------------------------------
 

@@ -44,7 +44,7 @@ _INK = "#010101"  # not black, which matplotlib leaves out of its markup
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#777777", "#a08000")  # Okabe and Ito's, the yellow darkened
 _DASHES = ("solid", "dashed", "dotted")  # a second cue beside colour, and CSS border styles for the page's legend
 _LOCK = threading.Lock()
-_STYLE: dict[str, Any] = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "gpuplan",
     "text.parse_math": False,
@@ -167,7 +167,7 @@ def of_scaling(model: str, scaling: Mapping[str, Any], index: int) -> Chart | No
             top.axhline(up, color=_INK, linestyle="dashed", linewidth=1)
         top.set_ylim(bottom=0)
         top.set_ylabel("waiting")
-        bottom.set_ylabel("SLOs met")
+        bottom.set_ylabel("within SLOs")
         bottom.set_ylim(min(0.9, float(np.nanmin(shares, initial=1.0)) - 0.05), 1.03)
         _format(bottom.yaxis, _percent)
         _log_ticks(bottom, float(factors.min()), float(factors.max()), lambda v: f"{v:g} ×")
@@ -229,7 +229,9 @@ def _distribution(key: str, name: str, requests: pd.DataFrame, figures: Mapping[
     asked = {v["metric"] for v in figures["slos"]}
     lost = len(requests) - figures["completed"]
     latencies = summary.latencies_ms(requests)
-    values = {m: np.sort(latencies[m]) for m in summary.LATENCIES if len(latencies[m]) and (m != "itl_ms" or m in asked)}
+    values = {
+        m: np.sort(latencies[m]) for m in summary.LATENCIES if len(latencies[m]) and (m != "itl_ms" or m in asked)
+    }
     if not values:
         return None
     marks = _marks({METRICS[m]: m for m in values})
@@ -257,9 +259,7 @@ def _distribution(key: str, name: str, requests: pd.DataFrame, figures: Mapping[
 
     facts = "; ".join(f"{METRICS[m]} p50 {_milliseconds(figures[m]['p50'])}, p95 {_milliseconds(figures[m]['p95'])}"
                       for m in values)  # fmt: skip
-    bounds = "; ".join(
-        f"{METRICS[v['metric']]} {v['statistic']} limit {_milliseconds(v['limit_ms'])}" for v in limits
-    )
+    bounds = "; ".join(f"{METRICS[v['metric']]} {v['statistic']} limit {_milliseconds(v['limit_ms'])}" for v in limits)
     note = "Vertical line: the SLO's limit; met where the curve passes above its diamond." if limits else ""
     if lost:
         note = f"{note} {lost} requests failed or were rejected: their share is missing at the top.".strip()
@@ -333,7 +333,7 @@ def _log_ticks(axes: Axes, low: float, high: float, label: Callable[[float], str
     from matplotlib.ticker import LogLocator, NullLocator
 
     axes.set_xscale("log")
-    few = high / low > 300
+    few = high / low > 90
     axes.xaxis.set_major_locator(LogLocator(subs=(1,) if few else (1, 2, 5), numticks=30))
     axes.xaxis.set_minor_locator(NullLocator())
     _format(axes.xaxis, label)

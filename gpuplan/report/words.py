@@ -55,7 +55,7 @@ class SloRow:
 
     @property
     def asked(self) -> str:
-        return f"{METRICS.get(self.metric, self.metric)} {self.statistic} ≤ {ms(self.limit_ms)} ms"
+        return f"{METRICS.get(self.metric, self.metric)} {self.statistic} ≤ {general(self.limit_ms)} ms"
 
     @property
     def missed(self) -> bool:
@@ -92,13 +92,15 @@ def verdict(slo: Mapping[str, Any] | None) -> str:
     return f"missed, {(value - limit) / limit:.0%} over"
 
 
-def sources(meta: RunMeta) -> list[dict[str, str]]:
-    """For each model, where its times come from."""
+def sources(meta: RunMeta) -> list[dict[str, Any]]:
+    """Where the models' times come from, and whose: a row for each origin."""
+    models: dict[str, list[str]] = {}
+    for model, kind in meta.provenance.items():
+        models.setdefault(kind, []).append(model)
     return [
-        {"model": model, "kind": kind, "badge": PROVENANCE[kind][0], "words": PROVENANCE[kind][1],
-         "engine": meta.engines.get(model, "")}
-        for model, kind in meta.provenance.items()
-    ]  # fmt: skip
+        {"kind": kind, "badge": PROVENANCE[kind][0], "words": PROVENANCE[kind][1], "models": names}
+        for kind, names in models.items()
+    ]
 
 
 def no_gpu(meta: RunMeta) -> bool:

@@ -1,0 +1,120 @@
+"""What answers mean: tables of pieces of a stream and the row they make."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+from gpuplan.errors import InputError
+from gpuplan.load import protocols
+from gpuplan.load.wire import Exchange, Target
+from gpuplan.record.recorder import Answer
+from gpuplan.scenario.schedule import ScheduledRequest
+
+REQUEST = ScheduledRequest(3, 1.0, "chat", "llm", 6, 4)
+COMPLETIONS = protocols.APIS["openai-completions"]
+CHAT = protocols.APIS["openai-chat"]
+
+
+def token(text: str) -> bytes:
+    return b"data: " + json.dumps({"choices": [{"index": 0, "text": text, "finish_reason": None}]}).encode() + b"\n\n"
+
+
+def usage(tokens: int) -> bytes:
+    return b"data: " + json.dumps({"choices": [], "usage": {"completion_tokens": tokens}}).encode() + b"\n\n"
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+def row(pieces: list[tuple[float, bytes]], status: int | None = 200, error: str | None = None) -> Answer:
+    async def make() -> Exchange:
+        exchange = Exchange()
+        exchange.sent_s, exchange.status, exchange.pieces = 101.001, status, pieces
+        exchange.end(pieces[-1][0] if pieces else 102.0, error)
+        return exchange
+
+    return protocols.read_answer(COMPLETIONS, REQUEST, asyncio.run(make()), start_s=100.0, warmup_s=0.5)
+
+
+def test_a_stream_gives_first_token_gaps_and_end() -> None:
+    answer = row([(101.5, token("a")), (101.6, token("b")), (101.8, token("c")), (101.9, usage(3) + DONE)])
+    assert (answer.status, answer.tokens, answer.merged_tokens) == ("completed", 3, 0)
+    assert answer.first_token_s == pytest.approx(1.5)
+    assert answer.done_s == pytest.approx(1.9)
+    assert answer.sent_s == pytest.approx(1.001)
+    assert list(answer.gaps_ms) == pytest.approx([100, 200])
+
+
+def test_events_may_be_cut_anywhere() -> None:
+    whole = token("a") + token("é") + DONE
+    for cut in range(1, len(whole)):
+        answer = row([(101.1, whole[:cut]), (101.2, whole[cut:])])
+        assert (answer.status, answer.tokens) == ("completed", 2), cut
+
+
+def test_tokens_that_came_in_one_chunk_share_its_gap() -> None:
+    answer = row([(101.0, token("a")), (101.4, token("b c d e")), (101.5, usage(5) + DONE)])
+    assert (answer.tokens, answer.merged_tokens) == (5, 3)
+    assert list(answer.gaps_ms) == pytest.approx([100] * 4)
+
+
+def test_a_role_without_text_is_no_token() -> None:
+    async def make() -> Exchange:
+        exchange = Exchange()
+        exchange.sent_s, exchange.status = 101.0, 200
+        role = b'data: {"choices":[{"delta":{"role":"assistant","content":""}}]}\n\n'
+        text = b'data: {"choices":[{"delta":{"content":"hi"}}]}\n\n'
+        exchange.pieces = [(101.1, role), (101.3, text), (101.4, DONE)]
+        exchange.end(101.4)
+        return exchange
+
+    answer = protocols.read_answer(CHAT, REQUEST, asyncio.run(make()), start_s=100.0, warmup_s=0.0)
+    assert answer.first_token_s == pytest.approx(1.3)
+
+
+FAULTS = [
+    ([(101.5, b'{"error": {"message": "full"}}')], 429, None, "rejected", "http_429", "full"),
+    ([(101.5, b'{"error": "Unauthorized"}')], 401, None, "error", "http_401", "Unauthorized"),
+    ([(101.5, b"<html>oops</html>")], 502, None, "error", "http_502", "<html>oops</html>"),
+    ([(101.5, DONE)], 200, None, "error", "no_tokens", "a 200 without a token"),
+    ([(101.5, token("a"))], 200, None, "error", "in_stream", "the stream ended without [DONE]"),
+    ([(101.5, token("a") + b'data: {"error": {"message": "died"}}\n\n' + DONE)], 200, None, "error", "in_stream", "died"),
+    ([(101.5, b"data: {oops\n\n")], 200, None, "error", "in_stream", "unreadable answer: DecodeError"),
+    ([(101.5, b"data: [1, 2]\n\n")], 200, None, "error", "in_stream", "unreadable answer: AttributeError"),
+    ([(101.5, token("a"))], 200, "timeout", "error", "timeout", None),
+    ([], None, "interrupted", "interrupted", "interrupted", None),
+]
+
+
+@pytest.mark.parametrize(("pieces", "http", "wire_error", "status", "kind", "message"), FAULTS)
+def test_every_fault_has_its_kind(
+    pieces: list[tuple[float, bytes]], http: int, wire_error: str, status: str, kind: str, message: str
+) -> None:
+    answer = row(pieces, http, wire_error)
+    assert (answer.status, answer.error, answer.message) == (status, kind, message)
+
+
+def test_a_servers_message_is_bounded() -> None:
+    answer = row([(101.5, b"x" * 100_000)], 500)
+    assert answer.message is not None
+    assert len(answer.message) == protocols.MESSAGE_CHARACTERS_MAX
+
+
+def test_requests_are_the_same_for_the_same_seed_and_ask_for_the_exact_length() -> None:
+    target = Target.parse("http://127.0.0.1:1")
+    one, two = (protocols.request_bytes(COMPLETIONS, target, REQUEST, 7, {"A": "b"}) for _ in range(2))
+    assert one == two
+    head, body = one.split(b"\r\n\r\n", 1)
+    assert b"\r\nX-Request-Id: 3\r\nA: b\r\n" in head
+    sent = json.loads(body)
+    assert len(sent["prompt"].split()) == 6
+    assert (sent["max_tokens"], sent["stream"], sent["ignore_eos"]) == (4, True, True)
+    assert protocols.request_bytes(COMPLETIONS, target, REQUEST, 8, {}) != one
+
+
+def test_an_unknown_api_names_the_known() -> None:
+    with pytest.raises(InputError, match="openai-chat"):
+        protocols.api_for("openai-chta", "decoder")
