@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 
 STEPS_MIN = 20
 """Fewer steps than this say too little of a spread to fit."""
+ROUNDS = 4
+"""Of weighted least squares: the weights are the last round's times, so that errors are relative and unbiased."""
+PULL = 1e-4
+HICCUP = 2.0
+"""A step this many times its expected length was held up by the host: it counts no further, but stays in the spread."""
 RANKS = 64
 """How many evenly spaced ranks keep a fit's spread."""
 CLOCK_S = 1e-5
@@ -122,12 +127,14 @@ def _fit(loads: list[StepLoad], seconds: NDArray[np.float64], roofline_s: list[f
         tokens, samples = (np.array([getattr(load, name) for load in loads]) for name in ("prefill_tokens", "samples"))
         features = np.column_stack([ones, zeros, tokens, samples])
     seconds = np.maximum(seconds, CLOCK_S)
-    # Divided by the measured time, a residual is a relative error. A scheduler's hiccup of the host is not the step's
-    # time, so the slowest hundredth by relative residual is left to the spread.
-    coefficients, _ = nnls(features / seconds[:, None], ones)
-    kept = np.argsort(seconds / np.maximum(features @ coefficients, 1e-12))[: max(int(len(loads) * 0.99), STEPS_MIN)]
-    coefficients, _ = nnls((features / seconds[:, None])[kept], ones[kept])
-    mean = np.maximum(features @ coefficients, 1e-9)
+    mean, target = seconds, seconds
+    for _ in range(ROUNDS):
+        # The last row pulls the fixed cost to zero, so weakly that only steps which cannot tell it from the rest feel it:
+        # a run of single requests must not teach that a batch of 64 costs the same.
+        pull = np.array([[np.sqrt(PULL * len(loads)) / np.median(seconds), 0.0, 0.0, 0.0]])
+        coefficients, _ = nnls(np.vstack([features / mean[:, None], pull]), np.append(target / mean, 0.0))
+        mean = np.maximum(features @ coefficients, CLOCK_S)
+        target = np.minimum(seconds, HICCUP * mean)
     ratios = np.quantile(seconds / mean, (np.arange(RANKS) + 0.5) / RANKS)
     error = float(np.mean(np.abs(mean / seconds - 1)))
     fixed_s, factor, per_token_s, per_sample_s = map(float, coefficients)

@@ -18,8 +18,8 @@ from gpuplan.hardware import mig
 from gpuplan.hardware.catalog import Gpu
 from gpuplan.scenario.demand import ReplicaSpec
 
-ASSIGNMENTS_MAX = 20_000
-"""Enumerated per layout before a greedy assignment takes over: a second's work."""
+ASSIGNMENTS_MAX = 3_000
+"""Enumerated per layout before a greedy assignment takes over: some hundredths of a second's work."""
 
 Capacities = Mapping[tuple[str, str], float]
 """Requests per second of (model, profile name); a pair that is missing does not fit."""
@@ -52,19 +52,20 @@ def candidates(
 def _assignments(
     layout: tuple[str, ...], count: int, demands: Mapping[str, float], capacities: Capacities
 ) -> Iterator[Candidate]:
-    models = list(demands)
     kinds = {name: n * count for name, n in Counter(layout).items()}
-    splits_by_kind = []
-    for name, n in kinds.items():
-        fitting = [model for model in models if (model, name) in capacities]
-        splits_by_kind.append([dict(zip(fitting, split, strict=True)) for split in _splits(n, len(fitting))] or [{}])
-    if math.prod(map(len, splits_by_kind)) > ASSIGNMENTS_MAX:
+    fitting = {name: [model for model in demands if (model, name) in capacities] for name in kinds}
+    ways = math.prod(math.comb(n + len(fitting[name]) - 1, n) for name, n in kinds.items() if fitting[name])
+    if ways > ASSIGNMENTS_MAX:
         chosen = _greedy(kinds, demands, capacities)
         if chosen is not None:
             yield _candidate(layout, list(kinds), chosen, demands, capacities)
         return
+    splits_by_kind = [
+        [dict(zip(fitting[name], split, strict=True)) for split in _splits(n, len(fitting[name]))] or [{}]
+        for name, n in kinds.items()
+    ]
     for combination in itertools.product(*splits_by_kind):
-        if all(any(split.get(model) for split in combination) for model in models):
+        if all(any(split.get(model) for split in combination) for model in demands):
             yield _candidate(layout, list(kinds), list(combination), demands, capacities)
 
 

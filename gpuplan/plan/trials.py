@@ -25,7 +25,7 @@ from gpuplan.sim.simulator import simulate
 
 HORIZON_S_MIN = 60.0
 """A scenario whose arrivals are drawn is planned on at least this long: on less, a p95 is a handful of requests."""
-REQUESTS_MAX = 10_000
+REQUESTS_MAX = 6_000
 """Simulated per model and try; a longer scenario is planned on its first ones."""
 
 
@@ -90,6 +90,7 @@ class Trials:
         self._parts: dict[tuple[Any, ...], Part] = {}
         self._schedules: dict[tuple[str | None, int, float], Schedule] = {}
         self.simulations = 0
+        self.notes: list[str] = []
         self.demands: dict[str, ModelDemand] = {
             name: demand_of(self.schedule(name, 0, 1.0), name) for name in scenario.models
         }
@@ -126,6 +127,8 @@ class Trials:
             if len(built.requests) > REQUESTS_MAX:
                 cut = built.requests[:REQUESTS_MAX]
                 built = Schedule(cut, cut[-1].scheduled_s)
+                if seed == 0 and factor == 1.0:
+                    self.notes.append(f"planned on the first {cut[-1].scheduled_s:.0f} s of {model or 'all models'}")
             self._schedules[key] = built
         return self._schedules[key]
 

@@ -65,7 +65,6 @@ _STYLE: dict[Any, Any] = {
     "grid.alpha": 0.14,
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.6,
-    "figure.constrained_layout.h_pad": 0.05,
 }
 
 
@@ -215,8 +214,7 @@ def _lines(
         axes.set_ylim(0, 1.02 if label is _percent else top * 1.08 or 1)
         axes.set_xlim(0, max(end_s, 1e-3))
         axes.set_xlabel("seconds since the start")
-        if label is not None:
-            _format(axes.yaxis, label)
+        _format(axes.yaxis, label or (lambda v: f"{v:,.6g}"))
 
     peaks = "; ".join(f"{name}: at most {np.max(v, initial=0.0):.3g}" for name, (_, v) in drawn.items())
     note = f"{len(drawn)} of {len(series)} shown: those that peak highest." if len(drawn) < len(series) else ""
@@ -291,7 +289,9 @@ def _chart(
     with _LOCK, matplotlib.rc_context():
         matplotlib.rcdefaults()  # whatever the user's own matplotlibrc says
         matplotlib.rcParams.update(_STYLE)
-        figure = Figure(figsize=(_WIDTH_IN, height_in), layout="constrained")
+        figure = Figure(figsize=(_WIDTH_IN, height_in))
+        # Fixed margins, wide enough for "within SLOs" and "100%": axes line up from chart to chart.
+        figure.subplots_adjust(0.155, 0.42 / height_in, 0.965, 1 - 0.1 / height_in, hspace=0.16)
         paint(figure)
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     return Chart(title, _inline(out.getvalue(), key, alt), tuple(marks), note)
@@ -314,7 +314,8 @@ def _svg_tag(view_box: str, alt: str) -> str:
 
 def _retouched(tag: str, key: str) -> str:
     tag = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{key}-", tag)
-    tag = re.sub(r"font: (\d+)px [^;\"]*", r"font-size: \1px", tag)
+    tag = re.sub(r"font: (\d+)px [^;\"]*", r"font-size: \1px", tag)  # one property or two: versions differ
+    tag = re.sub(r"font-family: [^;\"]*;? ?", "", tag)
     tag = re.sub(r"(\.\d\d)\d+", r"\1", tag)
     tag = tag.replace(_INK, "currentColor")
     for i, colour in enumerate(_COLOURS, start=1):
