@@ -106,6 +106,8 @@ async def bench(
         for r, exchange in zip(schedule.requests, replay.exchanges, strict=False)
     ]
     tables = assemble(answers, server)
+    # Without what may stand before an @: a run folder is passed on.
+    name = str(target.target) if "://" in options.target else options.target
     meta = RunMeta(
         name=scenario.name,
         source="bench",
@@ -117,14 +119,14 @@ async def bench(
         started_at=started_at.isoformat(timespec="seconds"),
         duration_s=schedule.duration_s,
         measured_s=measured_s if replay.stopped or failure else max(measured_s, schedule.duration_s),
-        target=options.target,
+        target=name,
         provenance=about.get("provenance") or dict.fromkeys(scenario.models, "remote"),
-        engines=about.get("engines") or dict.fromkeys(scenario.models, f"unknown, behind {options.target}"),
+        engines=about.get("engines") or dict.fromkeys(scenario.models, f"unknown, behind {name}"),
         telemetry_source=about.get("telemetry_source", "none"),
         machine=_machine(),
         interrupted=replay.stopped,
         failure=failure,
-        notes=[*about.get("notes", []), *_notes(schedule, replay.exchanges, replay.start_s)],
+        notes=[*about.get("notes", []), *_notes(schedule, replay.exchanges, replay.start_s, scenario.warmup)],
         gpuplan_version=__version__,
     )
     return Run(meta, *tables, decisions=server.decisions if server else ())
@@ -134,17 +136,17 @@ async def _reach(pool: Pool, target: Target, requests: int) -> None:
     try:
         await pool.warm(min(WARM_CONNECTIONS, requests))
     except OSError as error:
-        raise RunError(f"cannot reach {target.scheme}://{target.host_header}: {error.strerror or error}") from None
+        raise RunError(f"cannot reach {target}: {error.strerror or error}") from None
 
 
-def _notes(schedule: Schedule, exchanges: list[Exchange], start_s: float) -> list[str]:
+def _notes(schedule: Schedule, exchanges: list[Exchange], start_s: float, warmup_s: float) -> list[str]:
     notes = []
     if schedule.clipped:
         notes.append(f"{schedule.clipped} drawn lengths were cut to the model's context window")
     lags = sorted(
         (e.sent_s - start_s - r.scheduled_s) * 1e3
         for r, e in zip(schedule.requests, exchanges, strict=False)
-        if e.sent_s is not None
+        if e.sent_s is not None and r.scheduled_s >= warmup_s
     )
     if lags and (late_ms := lags[int(len(lags) * 0.99)]) > LATE_MS:
         notes.append(f"requests left late (p99 {late_ms:.1f} ms): the load generator or its host was a limit")

@@ -45,6 +45,9 @@ class Target:
             raise InputError("not a target", key=key, value=url, allowed="local, in-process, or http(s)://host[:port]")
         return cls(parts.scheme, parts.hostname, port, parts.path.rstrip("/"))
 
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.host_header}{self.path}"
+
     @property
     def host_header(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host

@@ -2,7 +2,7 @@
 
 `fit` takes a run's batch rows and gives `ServiceTimes`: for each model and slice, non-negative least squares of step
 time on the roofline (or, where there is none, on tokens and samples), weighted so that every step counts by its
-relative error. `backtest` fits on the first half of the run's time and predicts the second.
+relative error. `backtest` fits on the first half of a run and predicts the second.
 """
 
 from __future__ import annotations
@@ -64,11 +64,15 @@ def fit(run: Run, *, until_s: float = float("inf")) -> ServiceTimes:
 def backtest(run: Run) -> dict[str, Any] | None:
     """How far a simulation is from what was measured, on time it has not seen; None where nothing can be predicted.
 
-    Step times come from the steps of the first half, the whole schedule is simulated, and requests scheduled in the
-    second half are compared. Positive errors are predictions above the measurement.
+    Step times come from the steps before the moment by which half of the requests were scheduled, the whole schedule
+    is simulated, and the requests after that moment are compared. Positive errors are predictions above the
+    measurement.
     """
     scenario = files.from_builtins(run.meta.scenario)
-    half_s = (scenario.warmup + min(run.meta.duration_s, run.meta.measured_s)) / 2
+    counted = run.requests[run.requests["sent_s"].notna() & ~run.requests["warmup"].astype(bool)]
+    if counted.empty:
+        return None
+    half_s = float(counted["scheduled_s"].median())
     times = fit(run, until_s=half_s)
     try:
         predicted_run = simulate(
@@ -92,6 +96,7 @@ def backtest(run: Run) -> dict[str, Any] | None:
         "predicted": {path: guess for path, (_, guess) in pairs.items()},
         "basis": f"{what} the first half of this run (steps begun before {half_s:.1f} s); "
         "compared on the requests scheduled after it",
+        "worst": max(errors, key=lambda path: abs(errors[path])),
         "worst_percent": max(map(abs, errors.values())),
         "median_percent": float(np.median(np.abs(list(errors.values())))),
         "requests": measured["overall"]["requests"],
@@ -129,8 +134,8 @@ def _fit(loads: list[StepLoad], seconds: NDArray[np.float64], roofline_s: list[f
     seconds = np.maximum(seconds, CLOCK_S)
     mean, target = seconds, seconds
     for _ in range(ROUNDS):
-        # The last row pulls the fixed cost to zero, so weakly that only steps which cannot tell it from the rest feel it:
-        # a run of single requests must not teach that a batch of 64 costs the same.
+        # The last row pulls the fixed cost to zero, so weakly that only steps which cannot tell it from the rest feel
+        # it: a run of single requests must not teach that a batch of 64 costs the same.
         pull = np.array([[np.sqrt(PULL * len(loads)) / np.median(seconds), 0.0, 0.0, 0.0]])
         coefficients, _ = nnls(np.vstack([features / mean[:, None], pull]), np.append(target / mean, 0.0))
         mean = np.maximum(features @ coefficients, CLOCK_S)

@@ -32,8 +32,7 @@ LATENCIES = ("ttft_ms", "tpot_ms", "itl_ms", "e2el_ms")
 def summarize(run: Run, *, since_s: float | None = None) -> Summary:
     """`summary.json`: overall, per class and telemetry. `since_s` leaves out requests scheduled before it."""
     scenario = files.from_builtins(run.meta.scenario)
-    asked = run.requests
-    asked = asked[~asked["warmup"].astype(bool) & (asked["status"] != "interrupted")]
+    asked = counted(run)
     first_s = scenario.warmup
     if since_s is not None:
         asked = asked[asked["scheduled_s"] >= since_s]
@@ -49,12 +48,19 @@ def summarize(run: Run, *, since_s: float | None = None) -> Summary:
         "provenance": run.meta.provenance,
         "measured_s": measured_s,
         "interrupted": run.meta.interrupted,
+        "unfinished": int((run.requests["status"] == "interrupted").sum()),
         "overall": _figures(asked, scenario.traffic, measured_s),
         "classes": classes,
         "models": {name: _model_figures(run, scenario, name, first_s) for name in scenario.models},
         "telemetry": _telemetry_figures(run, first_s),
         "meets_slos": all(v["met"] is not False for c in classes.values() for v in c["slos"]),
     }
+
+
+def counted(run: Run) -> pd.DataFrame:
+    """The requests that summaries count: not of the warm-up, and not still open when the run was interrupted."""
+    rows = run.requests
+    return rows[~rows["warmup"].astype(bool) & (rows["status"] != "interrupted")]
 
 
 def statistics(values: Floats) -> dict[str, float | None]:

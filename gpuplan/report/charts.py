@@ -133,8 +133,7 @@ def of_telemetry(run: Run) -> list[Chart]:
 
 def of_latency(run: Run, figures: Summary) -> list[tuple[str, Chart]]:
     """For each of the busiest classes, the share of its requests answered within a time, and the limits asked."""
-    rows = run.requests
-    counted = rows[~rows["warmup"].astype(bool) & (rows["status"] != "interrupted")]  # as summarize() counts
+    counted = summary.counted(run)
     names = sorted(figures["classes"], key=lambda n: -figures["classes"][n]["requests"])[:CLASSES_DRAWN]
     charts = []
     for i, name in enumerate(n for n in figures["classes"] if n in names):
@@ -290,9 +289,10 @@ def _chart(
         matplotlib.rcdefaults()  # whatever the user's own matplotlibrc says
         matplotlib.rcParams.update(_STYLE)
         figure = Figure(figsize=(_WIDTH_IN, height_in))
-        # Fixed margins, wide enough for "within SLOs" and "100%": axes line up from chart to chart.
-        figure.subplots_adjust(0.155, 0.42 / height_in, 0.965, 1 - 0.1 / height_in, hspace=0.16)
         paint(figure)
+        # Fixed margins, wide enough for "within SLOs" and "100%": axes line up from chart to chart.
+        below_in = 0.44 if any(axes.get_xlabel() for axes in figure.axes) else 0.28
+        figure.subplots_adjust(0.155, below_in / height_in, 0.965, 1 - 0.1 / height_in, hspace=0.16)
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     return Chart(title, _inline(out.getvalue(), key, alt), tuple(marks), note)
 

@@ -65,7 +65,7 @@ def render(run: Run, summary: Summary, plan: dict[str, Any] | None) -> str:
         alternatives=_alternatives(plan),
         alternatives_shown=ALTERNATIVES_SHOWN,
         backtest=_backtest(plan),
-        unfinished=int((run.requests["status"] == "interrupted").sum()),
+        unfinished=summary["unfinished"],
         error_kinds=_error_kinds(summary),
         messages=_messages(run),
         time_charts=charts.over_time(run, summary),

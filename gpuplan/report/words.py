@@ -82,7 +82,7 @@ def verdict(slo: Mapping[str, Any] | None) -> str:
         return DASH
     value, limit = slo["value_ms"], slo["limit_ms"]
     if slo["met"] is None:
-        return "nothing asked"
+        return "not judged"
     if value is None:
         return "met" if slo["met"] else "missed: none completed"
     if slo["met"]:

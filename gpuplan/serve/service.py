@@ -69,7 +69,7 @@ class Service:
             "engines": {name: engine.description for name, engine in by_model.items()},
             "provenance": provenance,
             "telemetry_source": self.telemetry_source,
-            "notes": [*self.notes, *(f"{replica}: {note}" for replica, e in self.engines.items() for note in e.notes())],
+            "notes": [*self.notes, *(f"{r}: {note}" for r, engine in self.engines.items() for note in engine.notes())],
         }
 
 

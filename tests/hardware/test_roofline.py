@@ -121,7 +121,7 @@ def test_a_full_kv_cache_fits_the_slice_to_the_last_token() -> None:
 
 LINEAR = ("attn_pre_proj_ms", "attn_post_proj_ms", "mlp_up_proj_ms", "mlp_down_proj_ms")
 ELEMENTWISE = ("input_layernorm_ms", "attn_rope_ms", "post_attention_layernorm_ms", "mlp_act_ms", "add_ms")
-# Mean absolute errors measured 2025-01 stand at each row's end: linear, whole layer. Single rows are off by up to 30 %.
+# Mean absolute errors as measured stand at each row's end: linear, whole layer. Single rows are off by up to 30 %.
 PROFILES = [
     ("a100-llama-2-7b-hf", 0.05, 0.05),  # 4.0 %, 4.2 %
     ("a100-internlm-20b", 0.05, 0.05),  # 3.8 %, 3.5 %

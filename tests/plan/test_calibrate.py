@@ -68,7 +68,9 @@ def test_a_simulation_predicts_itself(run: Run) -> None:
     assert result is not None
     assert result["worst_percent"] < 0.5
     assert "classes.chat.ttft_ms.p50" in result["error_percent"]
-    assert "classes.chat.ttft_ms.p99" not in result["error_percent"], "a p99 of 15 requests is not held against anything"
+    assert "classes.chat.ttft_ms.p99" not in result["error_percent"], (
+        "a p99 of 15 requests is not held against anything"
+    )
 
 
 def test_a_prediction_above_the_measurement_is_a_positive_error(run: Run) -> None:

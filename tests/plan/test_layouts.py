@@ -40,7 +40,9 @@ def test_an_assignment_uses_each_slice_once_and_serves_every_model() -> None:
 
 
 def test_the_first_choice_has_the_least_loaded_busiest_model() -> None:
-    (first, *rest) = layouts.candidates(A100, 1, {"a": 3.0, "b": 1.0}, capacities("a", "b"), best=9)[("4g.40gb", "3g.40gb")]
+    (first, *rest) = layouts.candidates(A100, 1, {"a": 3.0, "b": 1.0}, capacities("a", "b"), best=9)[
+        ("4g.40gb", "3g.40gb")
+    ]
     assert {(r.model, r.slice) for r in first.replicas} == {("a", "4g.40gb"), ("b", "3g.40gb")}
     assert first.load == pytest.approx(3 / 4)
     assert all(first.load <= other.load for other in rest)

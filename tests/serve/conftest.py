@@ -10,8 +10,8 @@ import pytest
 from gpuplan.policy.vocabulary import RunStep
 from gpuplan.record.run import Provenance
 from gpuplan.scenario import deployment, files
-from gpuplan.scenario.deployment import Deployment
 from gpuplan.scenario.demand import Scenario
+from gpuplan.scenario.deployment import Deployment
 from gpuplan.serve.engines import Output, Prompt
 
 SCENARIO = {
@@ -21,7 +21,10 @@ SCENARIO = {
         "gpu": "a100-80gb",
         "mig": ["3g.40gb", "1g.10gb"],
         "replicas": [{"model": "chat", "slice": "3g.40gb"}, {"model": "mood", "slice": "1g.10gb"}],
-        "batching": {"chat": {"max_batch_size": 4, "max_queue_size": 4}, "mood": {"max_batch_size": 2, "max_queue_size": 4}},
+        "batching": {
+            "chat": {"max_batch_size": 4, "max_queue_size": 4},
+            "mood": {"max_batch_size": 2, "max_queue_size": 4},
+        },
     },
 }
 
@@ -61,6 +64,6 @@ class FakeEngine:
         self.closed = True
 
 
-@pytest.fixture()
+@pytest.fixture
 def fake_deployment() -> Deployment:
     return deployment.resolve(files.build(SCENARIO, Scenario))

@@ -1,8 +1,9 @@
 """An emulated GPU: spends a roofline's estimate of each step on the real clock.
 
-It keeps to its own timeline: a step that was waiting for the last one begins where that one should have ended, so late
-wake-ups of the host do not add up. When the host is late all the same, `notes` says so. Its tokens are words without meaning, one for a token; a model that the package
-really has (`answers`) runs on the CPU meanwhile and gives real answers at the emulated card's speed.
+It keeps to its own timeline: a step that was waiting for the last one begins where that one should have ended, so
+late wake-ups of the host do not add up. When the host is late all the same, `notes` says so. Its tokens are words
+without meaning, one for a token; a model that the package really has (`answers`) runs on the CPU meanwhile and gives
+real answers at the emulated card's speed.
 """
 
 from __future__ import annotations

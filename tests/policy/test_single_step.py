@@ -1,0 +1,249 @@
+"""Models that answer in one step: when a batch starts, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from gpuplan.hardware.roofline import StepLoad
+from gpuplan.policy.core import ServingCore
+from gpuplan.policy.vocabulary import (
+    Arrive,
+    Cancel,
+    Drain,
+    Event,
+    Reject,
+    ReplicaDown,
+    ReplicaUp,
+    RunStep,
+    StepFailed,
+    Wake,
+)
+from tests.policy.conftest import deployment, done, follow, started
+
+Table = list[tuple[float, Event, list[str]]]
+
+
+def ask(request_id: int, tokens: int = 10) -> Arrive:
+    return Arrive(request_id, "mood", tokens)
+
+
+TABLES: dict[str, tuple[dict[str, float], int, Table]] = {
+    "no delay": (
+        {"max_batch_size": 4},
+        1,
+        [
+            (0.0, ask(1), ["mood-0 #1: 1"]),  # an idle replica starts at once
+            (0.1, ask(2), []),  # busy: waits
+            (0.2, ask(3), []),
+            (0.3, done("mood-0", 1), ["complete 1", "mood-0 #2: 2 3"]),  # all that waited, together
+            (0.4, done("mood-0", 2), ["complete 2", "complete 3"]),
+            (0.5, ask(4), ["mood-0 #3: 4"]),
+        ],
+    ),
+    "by size": (
+        {"max_batch_size": 3, "max_queue_delay": 1.0},
+        1,
+        [
+            (0.0, ask(1), []),  # waits for company
+            (0.1, ask(2), []),
+            (0.2, ask(3), ["mood-0 #1: 1 2 3"]),  # full: no reason to wait on
+            (0.3, ask(4), []),
+            (0.4, ask(5), []),
+            (0.5, ask(6), []),  # full, and nowhere to run
+            (0.6, ask(7), []),
+            (0.7, done("mood-0", 1), ["complete 1", "complete 2", "complete 3", "mood-0 #2: 4 5 6"]),  # no more than fit
+        ],
+    ),
+    "by delay": (
+        {"max_batch_size": 8, "max_queue_delay": 1.0},
+        1,
+        [
+            (0.0, ask(1), []),
+            (0.9, ask(2), []),
+            (0.99, Wake(), []),  # too early: nothing happens
+            (1.0, Wake(), ["mood-0 #1: 1 2"]),  # counted from the oldest's arrival
+            (1.5, ask(3), []),
+            (3.0, done("mood-0", 1), ["complete 1", "complete 2", "mood-0 #2: 3"]),  # overdue: at once
+            (3.1, done("mood-0", 2), ["complete 3"]),
+        ],
+    ),
+    "an arrival finds the batch due": (
+        {"max_batch_size": 8, "max_queue_delay": 1.0},
+        1,
+        [
+            (0.0, ask(1), []),
+            (1.2, ask(2), ["mood-0 #1: 1 2"]),  # the timer was late; it takes the newcomer along
+        ],
+    ),
+    "a queue shorter than the batch": (
+        {"max_batch_size": 8, "max_queue_size": 2, "max_queue_delay": 1.0},
+        1,
+        [
+            (0.0, ask(1), []),
+            (0.1, ask(2), ["mood-0 #1: 1 2"]),  # it can never get fuller than this
+        ],
+    ),
+    "the first idle replica": (
+        {"max_batch_size": 4},
+        2,
+        [
+            (0.0, ask(1), ["mood-0 #1: 1"]),  # ties go to the first
+            (0.1, ask(2), ["mood-1 #2: 2"]),
+            (0.2, ask(3), []),
+            (0.3, done("mood-1", 2), ["complete 2", "mood-1 #3: 3"]),  # whoever is free first
+            (0.4, done("mood-0", 1), ["complete 1"]),
+            (0.5, ask(4), ["mood-0 #4: 4"]),
+        ],
+    ),
+    "queue full": (
+        {"max_batch_size": 1, "max_queue_size": 2},
+        1,
+        [
+            (0.0, ask(1), ["mood-0 #1: 1"]),
+            (0.0, ask(2), []),
+            (0.0, ask(3), []),
+            (0.0, ask(4), ["reject 4: queue_full, 1 s"]),  # no rate yet: the least that is asked for
+            (10.0, done("mood-0", 1), ["complete 1", "mood-0 #2: 2"]),
+            (20.0, done("mood-0", 2), ["complete 2", "mood-0 #3: 3"]),
+            (20.0, ask(5), []),
+            (20.0, ask(6), []),
+            (20.0, ask(7), ["reject 7: queue_full, 20 s"]),  # two wait, one is done every 10 s
+            (90.0, done("mood-0", 3), ["complete 3", "mood-0 #4: 5"]),
+            (90.0, ask(8), []),
+            (90.0, ask(9), ["reject 9: queue_full, 60 s"]),  # 80 s, and no client is asked for more than a minute
+        ],
+    ),
+    "draining": (
+        {"max_batch_size": 1},
+        1,
+        [
+            (0.0, ask(1), ["mood-0 #1: 1"]),
+            (0.0, ask(2), []),
+            (0.1, Drain(), []),
+            (0.2, ask(3), ["reject 3: draining, 1 s"]),
+            (0.3, done("mood-0", 1), ["complete 1", "mood-0 #2: 2"]),  # what was admitted is finished
+            (0.4, done("mood-0", 2), ["complete 2"]),
+        ],
+    ),
+    "cancelled while queued": (
+        {"max_batch_size": 4, "max_queue_delay": 1.0},
+        1,
+        [
+            (0.0, ask(1), []),
+            (0.5, ask(2), []),
+            (0.6, Cancel(1), []),
+            (1.0, Wake(), []),  # the oldest is now 2
+            (1.5, Wake(), ["mood-0 #1: 2"]),
+            (1.6, Cancel(1), []),  # a second time does nothing
+            (1.6, Cancel(99), []),  # nor does one that never was
+        ],
+    ),
+    "cancelled mid-step": (
+        {"max_batch_size": 4},
+        1,
+        [
+            (0.0, ask(1), ["mood-0 #1: 1"]),
+            (0.1, Cancel(1), []),  # the step runs on
+            (0.2, ask(2), []),  # and the replica is still busy
+            (0.3, done("mood-0", 1), ["mood-0 #2: 2"]),  # nobody is told of 1
+            (0.4, done("mood-0", 2), ["complete 2"]),
+        ],
+    ),
+    "step failed": (
+        {"max_batch_size": 2},
+        1,
+        [
+            (0.0, ask(1), ["mood-0 #1: 1"]),
+            (0.0, ask(2), []),
+            (0.0, ask(3), []),
+            (0.1, StepFailed("mood-0", 1, "engine_error"), ["fail 1: engine_error", "mood-0 #2: 2 3"]),  # others go on
+            (0.2, Cancel(2), []),
+            (0.3, StepFailed("mood-0", 2, "engine_error"), ["fail 3: engine_error"]),  # 2 does not want to know
+            (0.4, StepFailed("mood-0", 2, "engine_error"), []),  # stale
+        ],
+    ),
+    "a sibling takes over": (
+        {"max_batch_size": 2},
+        2,
+        [
+            (0.0, ask(1), ["mood-0 #1: 1"]),
+            (0.0, ask(2), ["mood-1 #2: 2"]),
+            (0.1, ask(3), []),
+            (0.2, ReplicaDown("mood-0"), ["fail 1: replica_lost"]),  # 3 waits for the other
+            (0.3, done("mood-0", 1), []),  # stale: the step of a replica that is gone
+            (0.4, done("mood-1", 2), ["complete 2", "mood-1 #3: 3"]),
+            (0.5, ask(4), []),
+            (0.6, ReplicaUp("mood-0"), ["mood-0 #4: 4"]),  # back, and there is work
+            (0.7, done("mood-0", 1), []),  # stale still, although a step runs
+            (0.8, done("mood-0", 4), ["complete 4"]),
+        ],
+    ),
+    "the last replica is gone": (
+        {"max_batch_size": 1},
+        1,
+        [
+            (0.0, ask(1), ["mood-0 #1: 1"]),
+            (0.0, ask(2), []),
+            (0.1, ReplicaDown("mood-0"), ["fail 1: replica_lost", "fail 2: no_replica"]),
+            (0.2, ask(3), ["reject 3: no_replica, 1 s"]),
+            (0.3, ReplicaUp("mood-0"), []),
+            (0.4, ask(4), ["mood-0 #2: 4"]),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_table(name: str) -> None:
+    rule, replicas, table = TABLES[name]
+    follow(started(deployment(mood=replicas, moods=rule)), table)
+
+
+def test_replicas_start_down() -> None:
+    core = ServingCore(deployment(mood=1))
+    assert not core.ready()
+    follow(core, [(0.0, ask(1), ["reject 1: no_replica, 1 s"]), (1.0, ReplicaUp("mood-0"), [])])
+    assert core.ready()
+    core.handle(Drain(), now_s=2.0)
+    assert not core.ready()
+
+
+def test_the_timer_is_the_oldest_s_deadline_while_a_replica_is_idle() -> None:
+    core = started(deployment(mood=1, moods={"max_batch_size": 2, "max_queue_delay": 0.5}))
+    # (now_s, event, the timer afterwards)
+    for now_s, event, timer_s in [
+        (1.0, ask(1), 1.5),
+        (1.2, Cancel(1), None),  # nobody waits
+        (2.0, ask(2), 2.5),
+        (2.1, ask(3), None),  # full: runs
+        (2.2, ask(4), None),  # busy: the step's end will look
+        (2.3, done("mood-0", 1), 2.7),  # idle again, and 4 may wait until 2.7
+    ]:
+        core.handle(event, now_s=now_s)
+        timer = core.next_timer_s()
+        assert timer == (None if timer_s is None else pytest.approx(timer_s)), event
+
+
+def test_a_batch_is_padded_to_its_longest_prompt() -> None:
+    core = started(deployment(mood=1, moods={"max_batch_size": 3, "max_queue_delay": 1.0}))
+    for request_id, tokens in ((1, 10), (2, 30)):
+        core.handle(ask(request_id, tokens), now_s=0.0)
+    (step,) = core.handle(ask(3, 20), now_s=0.0)
+    assert isinstance(step, RunStep)
+    assert step.load == StepLoad(prefill_tokens=90, attended_pairs=2700, decodes=0, context_tokens=0, samples=3)
+    assert (step.waiting, step.answered()) == (0, (1, 2, 3))
+
+
+def test_time_never_runs_backwards() -> None:
+    """An event with an older time is taken as happening now, so no deadline moves."""
+    core = started(deployment(mood=1, moods={"max_batch_size": 9, "max_queue_delay": 1.0}))
+    core.handle(ask(1), now_s=5.0)
+    core.handle(Cancel(1), now_s=5.0)
+    core.handle(ask(2), now_s=4.0)
+    assert core.next_timer_s() == 6.0
+
+
+def test_counts_for_metrics() -> None:
+    core = started(deployment(mood=1, moods={"max_batch_size": 1, "max_queue_size": 2}))
+    assert [type(a) for i in (1, 2, 3, 4) for a in core.handle(ask(i), now_s=0.0)] == [RunStep, Reject]
+    assert (core.running("mood"), core.waiting("mood"), core.in_flight) == (1, 2, 3)
