@@ -116,12 +116,11 @@ def _facts(plan: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         metric = rule["metric"].replace("_", " ")
         yield "autoscale", f"{name}: up at {up}, down at {down} {metric}, {rule['min_replicas']}-{rule['max_replicas']}"
     tested = plan.get("backtest")
-    yield (
-        "backtest",
-        f"predictions were off by at most {words.number(tested['worst_percent'])} % on this very run"
-        if tested
-        else "none: nothing was measured that a prediction could be held against",
-    )
+    if tested:
+        median, worst = words.number(tested["median_percent"]), words.number(tested["worst_percent"])
+        yield "backtest", f"predictions of this very run off by {median} % (median), {worst} % at worst"
+    else:
+        yield "backtest", "none: nothing was measured that a prediction could be held against"
 
 
 def _text(line: str, style: str = "") -> Text:

@@ -1,0 +1,201 @@
+"""Whatever happens, in whatever order: the state stays sound and every admitted request ends exactly once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpuplan.policy.core import ServingCore
+from gpuplan.policy.vocabulary import (
+    Action,
+    Arrive,
+    Cancel,
+    Complete,
+    Decision,
+    Drain,
+    Event,
+    Fail,
+    Reject,
+    ReplicaDown,
+    ReplicaUp,
+    RunStep,
+    StepDone,
+    StepFailed,
+    Wake,
+)
+from gpuplan.scenario import deployment as supply
+from gpuplan.scenario import files
+from gpuplan.scenario.deployment import Deployment
+from gpuplan.scenario.schedule import build_schedule
+from gpuplan.sim.service_times import ServiceTimes
+from gpuplan.sim.simulator import simulate
+from tests.conftest import REPOSITORY
+from tests.policy.conftest import deployment
+
+REPLICAS = ("mood-0", "mood-1", "chat-0", "chat-1")
+
+
+def small() -> Deployment:
+    """Two replicas each of a classifier and a decoder, all of it so small that every limit is met often."""
+    return deployment(
+        mood=2,
+        chat=[40, 80],
+        moods={"max_batch_size": 3, "max_queue_size": 3, "max_queue_delay": 0.2},
+        chats={"max_batch_size": 3, "max_queue_size": 3, "max_batch_tokens": 16},
+    )
+
+
+class Driver:
+    """Feeds a core and holds every action against what has gone before."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self.core = ServingCore(deployment)
+        self.now_s = 0.0
+        self.log: list[Decision] = []
+        self.running: dict[str, RunStep] = {}
+        self.old_steps: list[StepDone] = []
+        self.asked = 0
+        self.open: set[int] = set()
+        self.cancelled: set[int] = set()
+        self.ended: set[int] = set()
+
+    def feed(self, event: Event) -> None:
+        actions = self.core.handle(event, now_s=self.now_s)
+        self.core.check_invariants()
+        self.log.append(Decision(self.now_s, event, actions))
+        if isinstance(event, Arrive):
+            self.open.add(event.request_id)
+        for action in actions:
+            self._hold(event, action)
+
+    def _hold(self, event: Event, action: Action) -> None:
+        match action:
+            case RunStep(replica_id=replica_id, prefills=prefills, decodes=decodes, load=load):
+                named = [p.request_id for p in prefills] + list(decodes)
+                assert replica_id not in self.running, "a replica runs one step at a time"
+                assert named and len(named) == len(set(named)), "something to do, and each request once"
+                assert set(named) <= self.open, "only requests that are open: not ended, not cancelled"
+                assert load.samples == len(action.answered()), "who gets a token needs the output head"
+                self.running[replica_id] = action
+            case Reject(request_id=request_id):
+                assert isinstance(event, Arrive) and event.request_id == request_id, "only who has just come"
+                self.open.remove(request_id)
+            case Complete(request_id=request_id) | Fail(request_id=request_id):
+                assert request_id not in self.ended, "an end comes once"
+                self.open.remove(request_id)
+                self.ended.add(request_id)
+
+    # --- what may happen ------------------------------------------------------------------------------------------
+
+    def arrive(self, model: str, prompt: int, output: int) -> None:
+        self.asked += 1
+        self.feed(Arrive(self.asked, model, prompt, output if model == "chat" else 0))
+
+    def step_over(self, which: int, failed: bool, ended: int) -> None:
+        if self.running:
+            step = self.running.pop(sorted(self.running)[which % len(self.running)])
+            early = step.answered()[:ended]
+            over = StepDone(step.replica_id, step.step_id, early)
+            self.old_steps.append(over)
+            self.feed(StepFailed(step.replica_id, step.step_id, "engine_error") if failed else over)
+
+    def stale(self, which: int) -> None:
+        if self.old_steps:
+            before = self.core.in_flight
+            self.feed(self.old_steps[which % len(self.old_steps)])
+            assert self.log[-1].actions == [] and self.core.in_flight == before, "a stale event does nothing"
+
+    def cancel(self, which: int) -> None:
+        request_id = 1 + which % (self.asked + 1)  # some never were, some have ended
+        if request_id in self.open:
+            self.open.remove(request_id)
+            self.cancelled.add(request_id)
+        self.feed(Cancel(request_id))
+
+    def down(self, which: int) -> None:
+        replica_id = REPLICAS[which % 4]
+        step = self.running.pop(replica_id, None)
+        if step is not None:
+            self.old_steps.append(StepDone(replica_id, step.step_id))
+        self.feed(ReplicaDown(replica_id))
+
+    def up(self, which: int) -> None:
+        self.feed(ReplicaUp(REPLICAS[which % 4]))
+
+    def wake(self) -> None:
+        timer_s = self.core.next_timer_s()
+        if timer_s is not None:
+            self.now_s = max(self.now_s, timer_s)
+            self.feed(Wake())
+            later_s = self.core.next_timer_s()
+            assert later_s is None or later_s > self.now_s, "a timer that has fired does not fire again at once"
+
+    def advance(self, seconds: float) -> None:
+        self.now_s += seconds
+
+    def drain(self) -> None:
+        """Nothing new; whatever runs is finished."""
+        self.feed(Drain())
+        for _ in range(10_000):
+            if self.running:
+                self.step_over(0, failed=False, ended=0)
+            elif self.core.next_timer_s() is not None:
+                self.wake()
+            else:
+                return
+        raise AssertionError("it does not come to an end")
+
+
+WHICH = st.integers(0, 40)
+HAPPENINGS = st.one_of(
+    st.tuples(st.just("arrive"), st.sampled_from(["mood", "chat"]), st.integers(1, 60), st.integers(1, 8)),
+    st.tuples(st.just("arrive"), st.just("chat"), st.integers(1, 30), st.integers(1, 8)),
+    st.tuples(st.just("step_over"), WHICH, st.integers(0, 9).map(lambda n: n == 0), st.integers(0, 2)),
+    st.tuples(st.just("step_over"), WHICH, st.just(False), st.just(0)),
+    st.tuples(st.just("stale"), WHICH),
+    st.tuples(st.just("cancel"), WHICH),
+    st.tuples(st.just("down"), WHICH),
+    st.tuples(st.just("up"), WHICH),
+    st.tuples(st.just("wake")),
+    st.tuples(st.just("advance"), st.sampled_from([0.0, 0.05, 0.2, 3.0])),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(up_at_first=st.sets(st.sampled_from(REPLICAS)), happenings=st.lists(HAPPENINGS, min_size=60, max_size=120))
+def test_every_admitted_request_ends_once_and_a_replay_decides_the_same(
+    up_at_first: set[str], happenings: list[tuple[Any, ...]]
+) -> None:
+    driver = Driver(small())
+    for replica_id in sorted(up_at_first):
+        driver.feed(ReplicaUp(replica_id))
+    for name, *arguments in happenings:
+        happen: Callable[..., None] = getattr(driver, name)
+        happen(*arguments)
+    driver.drain()
+    assert not driver.open, "neither ended nor cancelled"
+    assert driver.core.in_flight == 0
+    assert not driver.ended & driver.cancelled
+    assert_replays(small(), driver.log)
+
+
+def assert_replays(deployment: Deployment, log: list[Decision]) -> None:
+    core = ServingCore(deployment)
+    for decision in log:
+        assert core.handle(decision.event, now_s=decision.at_s) == decision.actions
+
+
+@pytest.mark.parametrize("name", ["quickstart", "azure-code"])
+def test_a_recorded_log_replays_into_a_fresh_core(name: str) -> None:
+    scenario = files.load(REPOSITORY / "scenarios" / f"{name}.yaml")
+    answers = supply.resolve(scenario)
+    run = simulate(scenario, answers, build_schedule(scenario), ServiceTimes({}), keep_decisions=True)
+    decoder = msgspec.json.Decoder(Decision)
+    log = [decoder.decode(line) for line in run.decisions]
+    assert sum(isinstance(d.event, Arrive) for d in log) == len(run.requests)
+    assert_replays(answers, log)
