@@ -19,13 +19,17 @@ def admit(model: ModelState, sequence: Sequence, *, draining: bool) -> Reject | 
     """None, or the refusal."""
     if draining:
         return Reject(sequence.request_id, "draining", RETRY_AFTER_S_MIN)
-    up = [replica for replica in model.replicas if replica.up]
-    if not up:
+    if not any(replica.up for replica in model.replicas):
         return Reject(sequence.request_id, "no_replica", RETRY_AFTER_S_MIN)
-    limits = [replica.spec.kv_tokens_max for replica in up]
-    if all(limit is not None and sequence.kv_tokens > limit for limit in limits):
+    if not fits_somewhere(model, sequence):
         return Reject(sequence.request_id, "too_long")
     if len(model.queue) >= model.batching.max_queue_size:
         wait_s = min(max(model.drain_s(), RETRY_AFTER_S_MIN), RETRY_AFTER_S_MAX)
         return Reject(sequence.request_id, "queue_full", wait_s)
     return None
+
+
+def fits_somewhere(model: ModelState, sequence: Sequence) -> bool:
+    """Some replica that is up has KV cache for all of the sequence, once it is empty."""
+    limits = [replica.spec.kv_tokens_max for replica in model.replicas if replica.up]
+    return any(limit is None or sequence.kv_tokens <= limit for limit in limits)

@@ -120,17 +120,13 @@ class ServingCore:
         replica.context_tokens += len(replica.decoding)
         if step.prefills:
             self._prefilled(replica, step)
+        self._drop_cancelled(replica)
         ended = event.ended
-        finished = [
-            s
-            for s in replica.decoding
-            if s.emitted >= s.output_tokens or s.cancelled or (ended and s.request_id in ended)
-        ]
+        finished = [s for s in replica.decoding if s.emitted >= s.output_tokens or (ended and s.request_id in ended)]
         for s in finished:
             self._forget(s)
-            if not s.cancelled:
-                model.completions.append(self._now_s)
-                actions.append(Complete(s.request_id))
+            model.completions.append(self._now_s)
+            actions.append(Complete(s.request_id))
         return model
 
     def _prefilled(self, replica: ReplicaState, step: RunStep) -> None:
@@ -142,8 +138,6 @@ class ServingCore:
                 replica.prefilling.remove(s)
                 replica.decoding.append(s)
                 replica.context_tokens += s.prompt_tokens + 1
-        for s in [s for s in replica.prefilling if s.cancelled]:
-            self._forget(s)
 
     def _step_failed(self, event: StepFailed, actions: list[Action]) -> ModelState | None:
         replica = self._replicas[event.replica_id]
@@ -151,9 +145,9 @@ class ServingCore:
         if step is None or step.step_id != event.step_id:
             return None
         replica.step = None
-        self._fail(
-            [self._sequences[i] for i in (*step.decodes, *(p.request_id for p in step.prefills))], event.reason, actions
-        )
+        self._drop_cancelled(replica)
+        members = (*step.decodes, *(p.request_id for p in step.prefills))
+        self._fail([s for i in members if (s := self._sequences.get(i))], event.reason, actions)
         return self._model_of[event.replica_id]
 
     def _cancel(self, event: Cancel, actions: list[Action]) -> ModelState | None:
@@ -167,7 +161,8 @@ class ServingCore:
             del self._sequences[s.request_id]
         elif replica.step is None:
             self._forget(s)
-        # else the step that is running still names it: its place is free when that step is done
+        else:  # the step that is running still names it: its place is free when that step is over
+            replica.cancelled += 1
         return s.model
 
     def _replica_up(self, event: ReplicaUp, actions: list[Action]) -> ModelState | None:
@@ -178,10 +173,13 @@ class ServingCore:
         model, replica = self._model_of[event.replica_id], self._replicas[event.replica_id]
         replica.up = False
         replica.step = None
+        self._drop_cancelled(replica)
         self._fail(list(replica.sequences()), "replica_lost", actions)
-        if not any(r.up for r in model.replicas):
-            self._fail(list(model.queue), "no_replica", actions)
-            model.queue.clear()
+        # What fits no replica that is left would wait for ever, and block those behind it.
+        homeless = [s for s in model.queue if not admission.fits_somewhere(model, s)]
+        for s in homeless:
+            model.queue.remove(s)
+        self._fail(homeless, "no_replica", actions)
         return model
 
     def _drain(self, event: Drain, actions: list[Action]) -> ModelState | None:
@@ -227,8 +225,13 @@ class ServingCore:
     def _fail(self, sequences: list[Sequence], reason: str, actions: list[Action]) -> None:
         for s in sequences:
             self._forget(s)
-            if not s.cancelled:
-                actions.append(Fail(s.request_id, reason))
+            actions.append(Fail(s.request_id, reason))
+
+    def _drop_cancelled(self, replica: ReplicaState) -> None:
+        if replica.cancelled:
+            for s in [s for s in replica.sequences() if s.cancelled]:
+                self._forget(s)
+            replica.cancelled = 0
 
     def _forget(self, s: Sequence) -> None:
         """Frees the sequence's place in the batch and its KV cache."""

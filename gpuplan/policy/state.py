@@ -48,9 +48,10 @@ class Sequence:
 
 
 class ReplicaState:
-    """A replica's sequences: those whose prompt is still being read, and those that get a token every step."""
+    """A replica's sequences: those whose prompt is still being read, and those that get a token every step. `cancelled`
+    counts those that leave when the running step is over."""
 
-    __slots__ = ("context_tokens", "decoding", "kv_reserved", "order", "prefilling", "spec", "step", "up")
+    __slots__ = ("cancelled", "context_tokens", "decoding", "kv_reserved", "order", "prefilling", "spec", "step", "up")
 
     def __init__(self, spec: Replica, order: int) -> None:
         self.spec = spec
@@ -61,6 +62,7 @@ class ReplicaState:
         self.decoding: list[Sequence] = []
         self.kv_reserved = 0
         self.context_tokens = 0
+        self.cancelled = 0
 
     @property
     def running(self) -> int:

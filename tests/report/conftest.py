@@ -125,7 +125,7 @@ def plan_for(run: Run, *, gpu: str = "a100-80gb") -> dict[str, Any]:
         "predicted": None if cpu else summarize(run),
         "backtest": None if cpu else {
             "error_percent": {path: -7.4}, "measured": {path: 280.1}, "predicted": {path: 259.4},
-            "basis": "fitted on the first half", "worst_percent": 7.4, "requests": 412,
+            "basis": "fitted on the first half", "worst_percent": 7.4, "median_percent": 7.4, "worst": path, "requests": 412,
         },
         "service_times": [{"model": "assistant", "slice": "3g.40gb", "basis": "roofline", "error": None, "steps": 0}],
         "searched": {"layouts_valid": 77, "layouts_simulated": 28, "simulations": 93, "elapsed_s": 9.1},

@@ -208,7 +208,7 @@ REPLACED = [
     ),
     (
         "  replicas",
-        "  batching: {chat: {max_batch_size: 0}}\n  r",
+        "  batching: {chat: {max_batch_size: 0}}\n  replicas",
         17,
         "deployment.batching.chat.max_batch_size",
         ">= 1",
