@@ -48,7 +48,8 @@ class InputError(GpuplanError):
             text += f" (got {_short(self.value)})"
         if self.allowed:
             text += f"; allowed: {self.allowed}"
-        return text
+        # One line, whatever a file or a server put into it.
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def unknown_name(what: str, name: str, known: Iterable[str], *, key: str = "") -> InputError:

@@ -22,6 +22,7 @@ def load_scenario(path: Path, *, duration: str | None = None, seed: int | None =
 
     from gpuplan.errors import InputError
     from gpuplan.scenario import files
+    from gpuplan.scenario.build import duration_s
     from gpuplan.telemetry import nvml
 
     scenario = files.load(path, gpu_auto=nvml.auto_gpu)
@@ -30,7 +31,7 @@ def load_scenario(path: Path, *, duration: str | None = None, seed: int | None =
     changes: dict[str, Any] = {}
     if duration is not None:
         try:
-            changes["duration"] = files.duration_s(duration)
+            changes["duration"] = duration_s(duration)
         except ValueError:
             raise InputError("not a duration", key="--duration", value=duration, allowed="e.g. 30s, 5m") from None
         # A shorter run keeps the share of it that is warm-up.

@@ -67,9 +67,10 @@ def import_(
     """
     from gpuplan.errors import InputError
     from gpuplan.scenario import files, traces
+    from gpuplan.scenario.build import duration_s
 
     try:
-        window_s = files.duration_s(duration)
+        window_s = duration_s(duration)
     except ValueError:
         raise InputError("not a duration", key="--duration", value=duration, allowed="e.g. 120s, 1h") from None
     rows = traces.import_trace(trace, out, duration_s=window_s, model=model, gpu=gpu)

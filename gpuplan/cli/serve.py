@@ -35,11 +35,12 @@ def serve(
     from gpuplan.cli.common import run_async
     from gpuplan.record import store
     from gpuplan.scenario import deployment, files
+    from gpuplan.scenario.build import build
     from gpuplan.scenario.demand import Scenario
     from gpuplan.serve.service import ServiceOptions
     from gpuplan.telemetry import nvml
 
-    scenario = files.load(file, gpu_auto=nvml.auto_gpu) if file else files.build(DEFAULT, Scenario)
+    scenario = files.load(file, gpu_auto=nvml.auto_gpu) if file else build(DEFAULT, Scenario)
     folder = store.prepare(record) if record else None
     options = ServiceOptions(host, port, api_key, allow_cpu, folder is not None, drain_s=drain_timeout)
     run_async(_serve(deployment.resolve(scenario), options, folder, as_json))

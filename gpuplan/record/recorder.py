@@ -15,6 +15,7 @@ import msgspec
 from gpuplan.policy.vocabulary import (
     Action,
     Arrive,
+    Cancel,
     Complete,
     Decision,
     Event,
@@ -125,6 +126,8 @@ class Recorder:
             self._step_over(event, now_s)  # type: ignore[arg-type]
         elif kind is Arrive:
             self.served[event.request_id] = Served(event.client_id, now_s)  # type: ignore[union-attr]
+        elif kind is Cancel and event.request_id in self.served:  # type: ignore[union-attr]
+            self._ended(event.request_id, "cancelled", now_s)  # type: ignore[union-attr]
         for action in actions:
             match action:
                 case RunStep():
@@ -169,9 +172,10 @@ class Recorder:
                 served.replica = step.replica_id
 
     def _step_over(self, event: StepDone | StepFailed, now_s: float) -> None:
-        step, started_s = self._open.pop(event.replica_id, (None, 0.0))
-        if step is None:
-            return
+        step, started_s = self._open.get(event.replica_id, (None, 0.0))
+        if step is None or step.step_id != event.step_id:
+            return  # a late word of a step that was lost with its replica
+        del self._open[event.replica_id]
         failed = type(event) is StepFailed
         load = step.load
         model, part = self._slices[step.replica_id]

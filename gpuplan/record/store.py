@@ -77,7 +77,7 @@ def read(folder: Path) -> Run:
         tables = {name: read_table(folder / f"{name}.parquet", columns) for name, columns in TABLES.items()}
         log = folder / "decisions.jsonl"
         decisions = tuple(log.read_bytes().splitlines()) if log.exists() else ()
-    except (OSError, ValueError, msgspec.ValidationError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, msgspec.ValidationError) as error:
         reason = (error.strerror or "") if isinstance(error, OSError) else str(error)
         raise InputError(f"not a run folder: {reason}", key="RUN", value=str(folder)) from None
     return Run(meta, **tables, decisions=decisions)

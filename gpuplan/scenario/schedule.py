@@ -56,7 +56,7 @@ def build_schedule(scenario: Scenario, *, rate_scale: float = 1.0, speed: float 
             output = output if decoder else 0
             if window is not None and prompt + output > window:
                 clipped += 1
-                prompt = min(prompt, window - 1)
+                prompt = min(prompt, window - 1 if decoder else window)
                 output = min(output, window - prompt)
             rows.append((time_s, order, prompt, output))
     rows.sort(key=lambda row: (row[0], row[1]))

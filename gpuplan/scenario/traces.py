@@ -8,6 +8,7 @@ Raises InputError with the file and line of a row that is not one.
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -60,7 +61,12 @@ def _rows(reader: Iterable[list[str]], columns: list[int], path: Path) -> Iterat
             row = TraceRow(moment - first, int(cells[columns[1]]), int(cells[columns[2]]))
         except (ValueError, IndexError):
             raise InputError("not a trace row", file=str(path), line=line, value=",".join(cells)) from None
-        if row.prompt_tokens < 1 or row.output_tokens < 0 or row.arrived_at_s < previous:
+        if (
+            not math.isfinite(row.arrived_at_s)
+            or row.prompt_tokens < 1
+            or row.output_tokens < 0
+            or row.arrived_at_s < previous
+        ):
             raise InputError(
                 "impossible row",
                 file=str(path),

@@ -8,7 +8,7 @@ utilisation from idle to the card's limit, which is an assumption: real cards dr
 from __future__ import annotations
 
 from gpuplan.hardware import mig, roofline
-from gpuplan.policy.vocabulary import Action, Event, RunStep, StepDone, StepFailed
+from gpuplan.policy.vocabulary import Action, Event, ReplicaDown, RunStep, StepDone, StepFailed
 from gpuplan.record.recorder import Sample
 from gpuplan.scenario.deployment import Deployment, Replica, shape_of
 
@@ -24,8 +24,8 @@ class EmulatedCards:
 
     def decided(self, event: Event, actions: list[Action], *, now_s: float) -> None:
         """An event was handled at `now_s` and these actions came of it."""
-        if isinstance(event, StepDone | StepFailed) and (meter := self._meters.get(event.replica_id)):
-            meter.stop(now_s)
+        if isinstance(event, StepDone | StepFailed | ReplicaDown) and (meter := self._meters.get(event.replica_id)):
+            meter.stop(now_s, None if isinstance(event, ReplicaDown) else event.step_id)
         for action in actions:
             if isinstance(action, RunStep) and (meter := self._meters.get(action.replica_id)):
                 meter.start(action, now_s)
@@ -84,20 +84,22 @@ class _Meter:
         self.replica = replica
         self.profile: mig.Profile = replica.slice.profile
         self._shape = shape_of(deployment.models[replica.model])
+        self._step_id = 0
         self._started_s: float | None = None
         self._busy_s = 0.0
         self.memory_bytes = roofline.memory_used_bytes(self._shape, 0) if self._shape else 0
 
     def start(self, step: RunStep, now_s: float) -> None:
-        self._started_s = now_s
+        self._step_id, self._started_s = step.step_id, now_s
         if self._shape:
             load = step.load
             self.memory_bytes = roofline.memory_used_bytes(
                 self._shape, load.context_tokens + load.decodes + load.prefill_tokens
             )
 
-    def stop(self, now_s: float) -> None:
-        if self._started_s is not None:
+    def stop(self, now_s: float, step_id: int | None) -> None:
+        """The step of that id is over, or (None) whatever runs; a late word of a lost step changes nothing."""
+        if self._started_s is not None and step_id in (None, self._step_id):
             self._busy_s += now_s - self._started_s
             self._started_s = None
 

@@ -31,7 +31,7 @@ class Card:
 def discover() -> list[Card]:
     """The cards of this machine; empty when there is no NVIDIA driver."""
     with _Library() as nvml:
-        return [_describe(nvml, i) for i in range(nvml.nvmlDeviceGetCount())] if nvml else []
+        return [_describe(nvml, i, handle) for i, handle in _handles(nvml)]
 
 
 def auto_gpu() -> str | None:
@@ -44,13 +44,12 @@ class NvmlCards:
 
     def __init__(self) -> None:
         self._library = _Library()
-        self._handles: list[Any] = []
+        self._handles: list[tuple[int, Any]] = []
         self._first_mj: dict[int, int] = {}
 
     def __enter__(self) -> NvmlCards:
         nvml = self._library.__enter__()
-        if nvml:
-            self._handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+        self._handles = _handles(nvml)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -60,7 +59,7 @@ class NvmlCards:
         """One row for each card; a card that was lost gives rows without readings."""
         nvml = self._library.module
         samples = []
-        for i, handle in enumerate(self._handles):
+        for i, handle in self._handles:
             usage = _ask(nvml.nvmlDeviceGetUtilizationRates, handle)
             memory = _ask(nvml.nvmlDeviceGetMemoryInfo, handle)
             milliwatts = _ask(nvml.nvmlDeviceGetPowerUsage, handle)
@@ -114,9 +113,16 @@ def _ask(query: Callable[..., T], *arguments: Any) -> T | None:
         return None
 
 
-def _describe(nvml: Any, index: int) -> Card:
-    handle = nvml.nvmlDeviceGetHandleByIndex(index)
-    product = str(nvml.nvmlDeviceGetName(handle))
+def _handles(nvml: Any) -> list[tuple[int, Any]]:
+    """The cards that answer, by index: one that is lost between counting and asking is passed over."""
+    if nvml is None:
+        return []
+    found = ((i, _ask(nvml.nvmlDeviceGetHandleByIndex, i)) for i in range(_ask(nvml.nvmlDeviceGetCount) or 0))
+    return [(i, handle) for i, handle in found if handle is not None]
+
+
+def _describe(nvml: Any, index: int, handle: Any) -> Card:
+    product = str(_ask(nvml.nvmlDeviceGetName, handle) or "unknown card")
     memory = _ask(nvml.nvmlDeviceGetMemoryInfo, handle)
     memory_bytes = int(memory.total) if memory is not None else 0
     mode = _ask(nvml.nvmlDeviceGetMigMode, handle)

@@ -8,6 +8,7 @@ import pytest
 
 from gpuplan.record.run import Run
 from gpuplan.scenario import deployment, files
+from gpuplan.scenario.build import build
 from gpuplan.scenario.demand import Scenario
 from gpuplan.scenario.schedule import build_schedule
 from gpuplan.sim.service_times import ServiceTimes
@@ -45,7 +46,7 @@ def scenario(**changes: Any) -> Scenario:
             "autoscale": {"max_gpus": 2},
         },
     }
-    built = files.build({**data, **changes}, Scenario)
+    built = build({**data, **changes}, Scenario)
     files.check(built)
     return built
 

@@ -16,7 +16,11 @@ CARD = gpu("h100-80gb")
 
 
 def deployment(
-    *, mood: int = 0, chat: Sequence[int | None] = (), moods: dict[str, Any] | None = None, chats: dict[str, Any] | None = None
+    *,
+    mood: int = 0,
+    chat: Sequence[int | None] = (),
+    moods: dict[str, Any] | None = None,
+    chats: dict[str, Any] | None = None,
 ) -> Deployment:
     """`mood` classifiers and one `chat` decoder for each KV limit in `chat`, with those batching rules."""
     slices = tuple(Slice(i, mig.whole(CARD), 0) for i in range(mood + len(chat)))

@@ -51,7 +51,11 @@ TABLES: dict[str, tuple[dict[str, float], int, Table]] = {
             (0.4, ask(5), []),
             (0.5, ask(6), []),  # full, and nowhere to run
             (0.6, ask(7), []),
-            (0.7, done("mood-0", 1), ["complete 1", "complete 2", "complete 3", "mood-0 #2: 4 5 6"]),  # no more than fit
+            (
+                0.7,
+                done("mood-0", 1),
+                ["complete 1", "complete 2", "complete 3", "mood-0 #2: 4 5 6"],
+            ),  # no more than fit
         ],
     ),
     "by delay": (

@@ -9,7 +9,8 @@ import pytest
 
 from gpuplan.policy.vocabulary import RunStep
 from gpuplan.record.run import Provenance
-from gpuplan.scenario import deployment, files
+from gpuplan.scenario import deployment
+from gpuplan.scenario.build import build
 from gpuplan.scenario.demand import Scenario
 from gpuplan.scenario.deployment import Deployment
 from gpuplan.serve.engines import Output, Prompt
@@ -66,4 +67,4 @@ class FakeEngine:
 
 @pytest.fixture
 def fake_deployment() -> Deployment:
-    return deployment.resolve(files.build(SCENARIO, Scenario))
+    return deployment.resolve(build(SCENARIO, Scenario))

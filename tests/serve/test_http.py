@@ -13,7 +13,8 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from gpuplan.scenario import deployment, files
+from gpuplan.scenario import deployment
+from gpuplan.scenario.build import build
 from gpuplan.scenario.demand import Scenario
 from gpuplan.serve.http import app
 from gpuplan.serve.service import Service, ServiceOptions, serving
@@ -39,7 +40,7 @@ Scene = Callable[[httpx.AsyncClient, Service], Awaitable[None]]
 
 @contextlib.asynccontextmanager
 async def served(scenario: dict[str, Any], **options: Any) -> AsyncIterator[tuple[httpx.AsyncClient, Service]]:
-    resolved = deployment.resolve(files.build(scenario, Scenario))
+    resolved = deployment.resolve(build(scenario, Scenario))
     async with (
         serving(resolved, ServiceOptions(record=True, drain_s=2.0, **options)) as service,
         httpx.AsyncClient(base_url=service.url, timeout=10) as client,

@@ -1,0 +1,69 @@
+"""Where a simulation's times come from, and that it says so."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from gpuplan.errors import RunError
+from gpuplan.hardware.roofline import StepLoad
+from gpuplan.scenario import deployment, files
+from gpuplan.scenario.demand import Scenario
+from gpuplan.scenario.deployment import Deployment
+from gpuplan.sim.service_times import Fit, ServiceTimes, roofline_timer
+from tests.conftest import single_step
+
+LOAD = StepLoad(640, 640 * 64, 0, 0, 10)
+FIT = Fit(fixed_s=0.001, roofline_factor=2.0, per_token_s=1e-6, per_sample_s=1e-4, ratios=(), steps=100, error=0.05)
+
+
+def supply(**card: object) -> Deployment:
+    return deployment.resolve(files.build(single_step(deployment={"gpu": "a100-80gb", **card}), Scenario))
+
+
+@pytest.mark.parametrize(
+    ("fits", "basis"),
+    [
+        ({("mood", "whole"): FIT}, "fitted"),  # this very slice
+        ({("mood", "1g.10gb"): FIT}, "scaled"),  # another slice of the card
+        ({("mood", "cpu"): FIT}, "roofline"),  # a CPU says nothing of a GPU
+        ({("other", "whole"): FIT}, "roofline"),
+        ({}, "roofline"),
+    ],
+)
+def test_the_basis_is_named(fits: dict[tuple[str, str], Fit], basis: str) -> None:
+    times, here = ServiceTimes(fits), supply()
+    (replica,) = here.replicas
+    base = roofline_timer(here, replica)
+    assert base is not None
+    assert times.basis(replica) == basis
+    expected = base(LOAD) if basis == "roofline" else 0.001 + 2 * base(LOAD) + 640e-6 + 10e-4
+    assert times.timer(here, replica)(LOAD) == pytest.approx(expected)
+
+
+def test_of_two_neighbours_the_better_measured_counts() -> None:
+    worse = Fit(9.0, 0.0, 0.0, 0.0, (), 5, 0.5)
+    times, here = ServiceTimes({("mood", "1g.10gb"): worse, ("mood", "2g.20gb"): FIT}), supply()
+    assert times.timer(here, here.replicas[0])(LOAD) < 1.0
+
+
+def test_draws_come_from_the_spread_and_repeat_with_the_seed() -> None:
+    spread = Fit(0.010, 0.0, 0.0, 0.0, (0.5, 1.0, 2.0), 100, 0.3)
+    times, here = ServiceTimes({("mood", "whole"): spread}), supply()
+    first, second = (times.timer(here, here.replicas[0], random.Random(3)) for _ in range(2))
+    drawn = [first(LOAD) for _ in range(50)]
+    assert {round(s, 9) for s in drawn} == {0.005, 0.010, 0.020}
+    assert drawn == [second(LOAD) for _ in range(50)]
+    assert times.timer(here, here.replicas[0])(LOAD) == 0.010, "without a generator, the mean"
+
+
+def test_a_cpu_has_to_be_measured() -> None:
+    data = single_step(models={"mood": {"builtin": "sentiment"}}, deployment={"gpu": "cpu"})
+    here = deployment.resolve(files.build(data, Scenario))
+    (replica,) = here.replicas
+    with pytest.raises(RunError, match="no service times for mood on cpu: measure it first"):
+        ServiceTimes({}).timer(here, replica)
+    measured = ServiceTimes({("mood", "cpu"): FIT})
+    assert measured.basis(replica) == "fitted"
+    assert measured.timer(here, replica)(LOAD) == pytest.approx(0.001 + 640e-6 + 10e-4), "no roofline to multiply"

@@ -1,0 +1,175 @@
+"""The simulator against queueing theory, against itself, and against the clock."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+import pytest
+from pandas.testing import assert_frame_equal
+
+from gpuplan.record.run import Run
+from gpuplan.record.summary import summarize
+from gpuplan.scenario import deployment, files
+from gpuplan.scenario.demand import Scenario
+from gpuplan.scenario.schedule import build_schedule
+from gpuplan.sim.service_times import Fit, ServiceTimes
+from gpuplan.sim.simulator import simulate
+from tests.conftest import REPOSITORY, single_step
+
+SERVICE_S = 0.010
+
+
+def fixed(ratios: tuple[float, ...] = (), *, model: str = "mood") -> ServiceTimes:
+    """Every step takes `SERVICE_S`, times one of the ratios."""
+    return ServiceTimes({(model, "whole"): Fit(SERVICE_S, 0.0, 0.0, 0.0, ratios, 100, 0.0)})
+
+
+def queue(load: float, requests: int, *, servers: int = 1, ratios: tuple[float, ...] = ()) -> Run:
+    """Poisson arrivals at `load` of what `servers` replicas can do, one request a step."""
+    rate = load * servers / SERVICE_S
+    data = single_step(
+        seed=4,
+        duration=requests / rate,
+        deployment={
+            "gpu": "a100-80gb",
+            "count": servers,
+            "replicas": [{"model": "mood", "count": servers}],
+            "batching": {"mood": {"max_batch_size": 1, "max_queue_size": 1_000_000}},
+        },
+    )
+    data["traffic"][0]["arrivals"]["rate"] = rate
+    scenario = files.build(data, Scenario)
+    supply = deployment.resolve(scenario)
+    return simulate(scenario, supply, build_schedule(scenario), fixed(ratios), keep_telemetry=False)
+
+
+def mean_wait_s(run: Run) -> float:
+    return float((run.requests["started_s"] - run.requests["arrived_s"]).mean())
+
+
+@pytest.mark.parametrize(
+    ("load", "requests"),
+    [
+        (0.3, 30_000),
+        (0.6, 100_000),  # closer to full, waits vary more and need more requests
+    ],
+)
+def test_one_server_with_fixed_times_waits_as_m_d_1(load: float, requests: int) -> None:
+    """Pollaczek-Khinchine without variance: W = rho s / (2 (1 - rho)). Kleinrock, Queueing Systems I, 1975."""
+    expected_s = load * SERVICE_S / (2 * (1 - load))
+    assert mean_wait_s(queue(load, requests)) == pytest.approx(expected_s, rel=0.03)
+
+
+def test_one_server_with_varying_times_waits_as_m_g_1() -> None:
+    """Two equally likely times, s/2 and 3s/2: W = lambda E[S^2] / (2 (1 - rho)), E[S^2] = 1.25 s^2."""
+    load = 0.5
+    expected_s = load / SERVICE_S * 1.25 * SERVICE_S**2 / (2 * (1 - load))
+    assert mean_wait_s(queue(load, 60_000, ratios=(0.5, 1.5))) == pytest.approx(expected_s, rel=0.05)
+
+
+def test_three_servers_with_nearly_exponential_times_wait_as_m_m_3() -> None:
+    """Erlang C; the times are the 200 middle quantiles of an exponential, rescaled to its mean."""
+    servers, load = 3, 0.7
+    quantiles = np.array([-math.log(1 - (i + 0.5) / 200) for i in range(200)])
+    ratios = tuple((quantiles / quantiles.mean()).tolist())
+    offered = servers * load
+    tail = offered**servers / math.factorial(servers) / (1 - load)
+    waits = tail / (sum(offered**k / math.factorial(k) for k in range(servers)) + tail)
+    expected_s = waits * SERVICE_S / (servers * (1 - load))
+    assert mean_wait_s(queue(load, 60_000, servers=servers, ratios=ratios)) == pytest.approx(expected_s, rel=0.06)
+
+
+def test_no_server_rests_while_a_request_waits() -> None:
+    """A request starts when it arrives, or at the very moment when a step ends."""
+    run = queue(0.9, 5_000, servers=2)
+    ends = set(run.batches["done_s"])
+    waited = run.requests[run.requests["started_s"] > run.requests["arrived_s"]]
+    assert len(waited) > 1_000
+    assert set(waited["started_s"]) <= ends
+    assert (run.requests["status"] == "completed").all()
+    assert len(run.batches) == len(run.requests)
+    np.testing.assert_allclose(run.batches["done_s"] - run.batches["started_s"], SERVICE_S)
+    for _, steps in run.batches.groupby("replica"):
+        assert (steps["started_s"].to_numpy()[1:] >= steps["done_s"].to_numpy()[:-1]).all(), "one step at a time"
+
+
+@pytest.fixture(scope="module")
+def quickstart() -> Scenario:
+    return files.load(REPOSITORY / "scenarios" / "quickstart.yaml")
+
+
+def run(scenario: Scenario, times: ServiceTimes | None = None, seed: int = 0) -> Run:
+    return simulate(
+        scenario, deployment.resolve(scenario), build_schedule(scenario), times or ServiceTimes({}), seed=seed
+    )
+
+
+def test_same_seed_same_rows(quickstart: Scenario) -> None:
+    times = ServiceTimes({("assistant", "3g.40gb"): Fit(0.0, 1.0, 0.0, 0.0, (0.9, 1.0, 1.1), 100, 0.05)})
+    first, second, other = (run(quickstart, times, seed) for seed in (1, 1, 2))
+    for name in ("requests", "batches", "telemetry"):
+        assert_frame_equal(getattr(first, name), getattr(second, name))
+    assert not first.batches["done_s"].equals(other.batches["done_s"]), "another seed draws other times"
+
+
+def test_the_quickstart_takes_less_than_a_second(quickstart: Scenario) -> None:
+    def seconds() -> float:
+        began_s = time.process_time()
+        run(quickstart)
+        return time.process_time() - began_s
+
+    assert min(seconds() for _ in range(3)) < 1.0
+
+
+def test_tokens_come_in_order_and_none_is_lost(quickstart: Scenario) -> None:
+    requests = run(quickstart).requests
+    done = requests[requests["status"] == "completed"]
+    streamed = done[done["model"] == "assistant"]
+    assert len(done) == len(requests)
+    assert (streamed["tokens"] == streamed["output_tokens"]).all()
+    assert [len(gaps) for gaps in streamed["gaps_ms"]] == [n - 1 for n in streamed["tokens"]]
+    assert all(gap > 0 for gaps in streamed["gaps_ms"] for gap in gaps)
+    assert (streamed["scheduled_s"] < streamed["first_token_s"]).all()
+    span_ms = (streamed["done_s"] - streamed["first_token_s"]) * 1e3
+    np.testing.assert_allclose(span_ms, [sum(gaps) for gaps in streamed["gaps_ms"]], atol=1e-6)
+
+
+def test_the_way_there_and_back_counts_for_the_client() -> None:
+    scenario = files.build(single_step(duration=1.0), Scenario)
+    near = summarize(run(scenario, fixed()))["overall"]["e2el_ms"]["p50"]
+    far_times = ServiceTimes(fixed().fits, uplink_s=0.020, downlink_s=0.030)
+    far = summarize(run(scenario, far_times))["overall"]["e2el_ms"]["p50"]
+    assert far - near == pytest.approx(50)
+
+
+def test_what_is_refused_says_why() -> None:
+    data = single_step(deployment={"gpu": "a100-80gb", "replicas": [{"model": "mood"}]})
+    data["deployment"]["batching"] = {"mood": {"max_batch_size": 1, "max_queue_size": 1}}
+    data["traffic"][0]["arrivals"]["rate"] = 300
+    figures = summarize(run(files.build(data, Scenario), fixed()))["overall"]
+    assert figures["rejected"] > figures["completed"] > 0
+    assert figures["errors"] == {}
+    assert figures["completed"] == pytest.approx(10.0 / SERVICE_S, rel=0.02), "it works to the limit all the same"
+
+
+def test_a_request_longer_than_the_kv_cache_is_an_error_and_no_overload() -> None:
+    """Mistral's window is 32,768 tokens; beside its weights a 16 GiB slice keeps about 11,000."""
+    long = {
+        "name": "long",
+        "model": "chat",
+        "arrivals": {"process": "constant", "rate": 1},
+        "prompt_tokens": 20_000,
+        "output_tokens": 10,
+    }
+    card = {"gpu": "h200", "mig": ["1g.18gb"], "replicas": [{"model": "chat", "slice": "1g.18gb"}]}
+    data = single_step(models={"chat": {"emulate": "mistral-7b"}}, traffic=[long], deployment=card)
+    figures = summarize(run(files.build(data, Scenario)))["overall"]
+    assert (figures["errors"], figures["rejected"]) == ({"too_long": 10}, 0)
+
+
+def test_a_scenario_without_traffic_gives_an_empty_run() -> None:
+    empty = run(files.build(single_step(traffic=[]), Scenario))
+    assert (len(empty.requests), len(empty.batches)) == (0, 0)
+    assert empty.meta.measured_s == 10.0
