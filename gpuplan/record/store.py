@@ -30,6 +30,8 @@ TABLES = {
     "telemetry": run_module.TELEMETRY_COLUMNS,
 }
 
+DERIVED = ("summary.json", "plan.json", "report.html")
+
 SERVER_TABLES = {
     "served": run_module.SERVED_COLUMNS,
     "batches": run_module.BATCH_COLUMNS,
@@ -52,7 +54,9 @@ def prepare(folder: Path) -> Path:
 
 
 def write(run: Run, folder: Path) -> None:
-    """Writes every file of the run."""
+    """Writes every file of the run; what was derived from another run in the same folder is taken away."""
+    for name in DERIVED:
+        (folder / name).unlink(missing_ok=True)
     write_json(folder / "run.json", msgspec.to_builtins(run.meta))
     for name, columns in TABLES.items():
         write_table(getattr(run, name), columns, folder / f"{name}.parquet")

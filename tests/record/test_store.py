@@ -102,3 +102,9 @@ def test_a_place_that_cannot_be_written_is_found_out_first(tmp_path: Path) -> No
 def test_json_is_strict(tmp_path: Path) -> None:
     store.write_json(tmp_path / "x.json", {"a": float("nan"), "b": [float("inf"), 1.5], 3: "ö"})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": None, "b": [None, 1.5], "3": "ö"}
+
+
+def test_what_was_derived_from_another_run_does_not_stay(run: Run, tmp_path: Path) -> None:
+    store.write_json(tmp_path / "plan.json", {"gpus_needed": 99})
+    store.write(run, tmp_path)
+    assert not (tmp_path / "plan.json").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -13,7 +14,7 @@ from gpuplan.record.run import BATCH_COLUMNS, SERVED_COLUMNS, TELEMETRY_COLUMNS,
 from gpuplan.record.summary import summarize, worst_margin
 from gpuplan.scenario import deployment as supply
 from gpuplan.scenario import files
-from gpuplan.scenario.demand import Scenario
+from gpuplan.scenario.demand import ReplicaSpec, Scenario
 from tests.conftest import single_step
 
 
@@ -262,6 +263,18 @@ def test_steps_and_telemetry() -> None:
     assert figures["telemetry"]["gpu_utilization"] == {"mean": 0.5, "max": 0.5}
     assert figures["telemetry"]["energy_j"] == pytest.approx(800), "from 2 s to 10 s"
     assert figures["telemetry"]["power_w"]["max"] == pytest.approx(110)
+
+
+def test_a_replica_that_never_ran_was_there_all_the_same() -> None:
+    """Two replicas of which one worked half the time were busy for a quarter of it."""
+    asked = scenario(LENIENT)
+    two = msgspec.structs.replace(
+        asked,
+        deployment=msgspec.structs.replace(asked.deployment, count=2, replicas=[ReplicaSpec(model="chat", count=2)]),
+    )
+    steps = [(1, "chat", "chat-0", "gpu0/whole@0", 0.0, 5.0, 1, 10, 0, 0, 0, 1, 0, False)]
+    figures = summarize(run_of([], two, server=server_rows([], steps)))
+    assert figures["models"]["chat"]["busy"] == pytest.approx(0.25)
 
 
 def test_rates_and_requests_in_flight_over_time() -> None:

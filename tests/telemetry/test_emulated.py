@@ -120,3 +120,11 @@ def test_a_host_without_a_card_has_no_readings() -> None:
     emulated = EmulatedCards(deployment.resolve(files.build(data, Scenario)))
     begin(emulated, 0.0)
     assert emulated.read(1.0) == []
+
+
+def test_what_was_done_before_the_first_reading_is_not_counted_after_it() -> None:
+    emulated = cards()
+    begin(emulated, 0.0)
+    end(emulated, 1.0)
+    emulated.read(1.0)
+    assert card_of(emulated.read(2.0)).gpu_utilization == 0.0
