@@ -146,15 +146,16 @@ def _fit(loads: list[StepLoad], seconds: NDArray[np.float64], roofline_s: list[f
     return Fit(fixed_s, factor, per_token_s, per_sample_s, tuple(map(float, ratios)), len(loads), error)
 
 
-def _overheads(run: Run, until_s: float) -> tuple[float, float]:
-    """Medians of what passes between client and core: from the schedule to the arrival, and from the last step to the
-    client's last byte. Zero where the server tells nothing."""
+def _overheads(run: Run, until_s: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """What passes between client and core, at evenly spaced ranks: from the schedule to the arrival, and from the last
+    step to the client's last byte. Zero where the server tells nothing."""
     done = run.requests[(run.requests["status"] == "completed") & (run.requests["scheduled_s"] < until_s)]
     if run.meta.source != "bench" or done.empty or done["arrived_s"].isna().all():
-        return 0.0, 0.0
-    uplink_s = (done["arrived_s"] - done["scheduled_s"]).median()
-    downlink_s = (done["done_s"] - done["finished_s"]).median()
-    return max(float(uplink_s), 0.0), max(float(downlink_s), 0.0)
+        return (0.0,), (0.0,)
+    ranks = (np.arange(RANKS) + 0.5) / RANKS
+    spans = (done["arrived_s"] - done["scheduled_s"], done["done_s"] - done["finished_s"])
+    uplink_s, downlink_s = (np.quantile(s.dropna().to_numpy(dtype=np.float64), ranks).clip(min=0.0) for s in spans)
+    return tuple(map(float, uplink_s)), tuple(map(float, downlink_s))
 
 
 def _comparable(figures: dict[str, Any]) -> dict[str, float]:

@@ -49,12 +49,12 @@ class Fit:
 
 @dataclass(frozen=True, slots=True)
 class ServiceTimes:
-    """`fits` by (model, slice name). `uplink_s` and `downlink_s` are what a request and a token need outside the
-    steps: network, parsing, waking up."""
+    """`fits` by (model, slice name). `uplink_s` and `downlink_s` are what passes between client and core outside the
+    steps (network, parsing, waking up): values at evenly spaced ranks, to draw from."""
 
     fits: Mapping[tuple[str, str], Fit]
-    uplink_s: float = 0.0
-    downlink_s: float = 0.0
+    uplink_s: tuple[float, ...] = (0.0,)
+    downlink_s: tuple[float, ...] = (0.0,)
 
     def basis(self, replica: Replica) -> Basis:
         """What the times of this replica rest on."""

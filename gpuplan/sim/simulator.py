@@ -42,8 +42,10 @@ def simulate(
     cards = EmulatedCards(deployment) if keep_telemetry else None
     simulation = _Simulation(deployment, service_times, recorder, cards, seed)
     simulation.run(schedule)
+    links = random.Random(f"{seed}/downlink")  # noqa: S311 - not for secrets
     for request in schedule.requests:
-        recorder.answered(_answer(request, recorder.served[request.index], scenario.warmup, service_times.downlink_s))
+        downlink_s = links.choice(service_times.downlink_s)
+        recorder.answered(_answer(request, recorder.served[request.index], scenario.warmup, downlink_s))
     tables = recorder.tables()
     return Run(
         RunMeta(
@@ -79,6 +81,7 @@ class _Simulation:
         rng = random.Random(f"{seed}/steps")  # noqa: S311 - not for secrets
         self._core = ServingCore(deployment)
         self._timers = {r.id: service_times.timer(deployment, r, rng) for r in deployment.replicas}
+        self._links = random.Random(f"{seed}/uplink")  # noqa: S311 - not for secrets
         self._uplink_s = service_times.uplink_s
         self._recorder, self._cards = recorder, cards
         self._running: list[tuple[float, int, StepDone]] = []
@@ -88,11 +91,12 @@ class _Simulation:
             self._feed(ReplicaUp(replica.id), 0.0)
 
     def run(self, schedule: Schedule) -> None:
-        arrivals = iter(schedule.requests)
-        coming = next(arrivals, None)
+        # A request that was longer on its way may arrive after a later one.
+        draws = ((r.scheduled_s + self._links.choice(self._uplink_s), r) for r in schedule.requests)
+        arrivals = iter(sorted(draws, key=lambda drawn: drawn[0]))
+        arrival_s, coming = next(arrivals, (float("inf"), None))
         core, running, never = self._core, self._running, float("inf")
         while True:
-            arrival_s = coming.scheduled_s + self._uplink_s if coming else never
             step_s = running[0][0] if running else never
             timer_s = core.next_timer_s()
             if timer_s is not None and timer_s <= min(arrival_s, step_s):
@@ -105,7 +109,7 @@ class _Simulation:
                     Arrive(coming.index, coming.model, coming.prompt_tokens, coming.output_tokens, str(coming.index)),
                     arrival_s,
                 )
-                coming = next(arrivals, None)
+                arrival_s, coming = next(arrivals, (never, None))
             else:
                 return
 

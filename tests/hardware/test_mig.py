@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpuplan.errors import InputError
@@ -74,6 +74,7 @@ def test_every_valid_layout_can_be_placed_and_lies_within_a_maximal_one(card: ca
         assert any(Counter(layout) <= whole for whole in maximal)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_what_place_accepts_is_legal_and_what_it_refuses_does_not_exist(data: st.DataObject) -> None:
     card = data.draw(st.sampled_from(CUT_CARDS))

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpuplan.hardware import catalog, mig, roofline, shapes
@@ -30,6 +30,7 @@ LOADS = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(
     load=LOADS,
     more=st.tuples(

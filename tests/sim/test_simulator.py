@@ -139,7 +139,7 @@ def test_tokens_come_in_order_and_none_is_lost(quickstart: Scenario) -> None:
 def test_the_way_there_and_back_counts_for_the_client() -> None:
     scenario = files.build(single_step(duration=1.0), Scenario)
     near = summarize(run(scenario, fixed()))["overall"]["e2el_ms"]["p50"]
-    far_times = ServiceTimes(fixed().fits, uplink_s=0.020, downlink_s=0.030)
+    far_times = ServiceTimes(fixed().fits, uplink_s=(0.020,), downlink_s=(0.030,))
     far = summarize(run(scenario, far_times))["overall"]["e2el_ms"]["p50"]
     assert far - near == pytest.approx(50)
 
