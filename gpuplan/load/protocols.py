@@ -69,18 +69,10 @@ def request_bytes(api: Api, target: Target, request: ScheduledRequest, seed: int
 
 def read_answer(api: Api, request: ScheduledRequest, exchange: Exchange, *, start_s: float, warmup_s: float) -> Answer:
     """The row of one request, its times counted from `start_s`."""
-    answer = Answer(
-        request_id=request.index,
-        traffic_class=request.traffic_class,
-        model=request.model,
-        warmup=request.scheduled_s < warmup_s,
-        prompt_tokens=request.prompt_tokens,
-        output_tokens=request.output_tokens,
-        scheduled_s=request.scheduled_s,
-        sent_s=exchange.sent_s - start_s if exchange.sent_s is not None else None,
-        done_s=exchange.done_s - start_s if exchange.done_s is not None else None,
-        http_status=exchange.status,
-    )
+    answer = Answer.to(request, warmup_s=warmup_s)
+    answer.sent_s = exchange.sent_s - start_s if exchange.sent_s is not None else None
+    answer.done_s = exchange.done_s - start_s if exchange.done_s is not None else None
+    answer.http_status = exchange.status
     heard = Heard((), None)
     if exchange.status == 200:
         try:

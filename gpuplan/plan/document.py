@@ -5,17 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gpuplan.hardware import mig, roofline
-from gpuplan.plan.trials import Trial, Trials, tightest_slo
+from gpuplan.plan.trials import LayoutTried, Trial, Trials, tightest_slo
 from gpuplan.record import summary
 from gpuplan.record.summary import Summary
 from gpuplan.scenario import deployment as supply
 from gpuplan.scenario.deployment import Deployment, Slice
-
-if TYPE_CHECKING:
-    from gpuplan.plan.search import LayoutTried
 
 
 @dataclass(frozen=True, slots=True)

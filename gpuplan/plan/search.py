@@ -26,7 +26,7 @@ from gpuplan.hardware import mig
 from gpuplan.hardware.catalog import Gpu
 from gpuplan.plan import batches, calibrate, capacity, layouts, thresholds
 from gpuplan.plan.document import Findings, document
-from gpuplan.plan.trials import Trial, Trials
+from gpuplan.plan.trials import LayoutTried, Trial, Trials
 from gpuplan.record.run import Run
 from gpuplan.scenario import deployment as supply
 from gpuplan.scenario import files
@@ -84,16 +84,6 @@ def make_plan(run: Run, *, on_progress: Callable[[str], None] = lambda _: None) 
             started_s=started_s,
         )
     )
-
-
-@dataclass(slots=True)
-class LayoutTried:
-    """One layout with so many cards: its best trial, or the reason there is none."""
-
-    count: int
-    profiles: tuple[str, ...]
-    trial: Trial | None
-    impossible: str = ""
 
 
 @dataclass(slots=True)

@@ -81,6 +81,16 @@ class Trial:
         return tightest_slo([part.figures for part in self.parts.values()])
 
 
+@dataclass(frozen=True, slots=True)
+class LayoutTried:
+    """One layout with so many cards: its best trial, or the reason there is none."""
+
+    count: int
+    profiles: tuple[str, ...]
+    trial: Trial | None
+    impossible: str = ""
+
+
 class Trials:
     """Simulates deployments for one scenario, and remembers."""
 

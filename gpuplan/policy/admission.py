@@ -22,6 +22,9 @@ def admit(model: ModelState, sequence: Sequence, *, draining: bool) -> Reject | 
     if not any(replica.up for replica in model.replicas):
         return Reject(sequence.request_id, "no_replica", RETRY_AFTER_S_MIN)
     if not fits_somewhere(model, sequence):
+        # For good, or only while the replica that could hold it is down.
+        if any(replica.could_hold(sequence) for replica in model.replicas):
+            return Reject(sequence.request_id, "no_replica", RETRY_AFTER_S_MIN)
         return Reject(sequence.request_id, "too_long")
     if len(model.queue) >= model.batching.max_queue_size:
         wait_s = min(max(model.drain_s(), RETRY_AFTER_S_MIN), RETRY_AFTER_S_MAX)
@@ -31,5 +34,4 @@ def admit(model: ModelState, sequence: Sequence, *, draining: bool) -> Reject | 
 
 def fits_somewhere(model: ModelState, sequence: Sequence) -> bool:
     """Some replica that is up has KV cache for all of the sequence, once it is empty."""
-    limits = [replica.spec.kv_tokens_max for replica in model.replicas if replica.up]
-    return any(limit is None or sequence.kv_tokens <= limit for limit in limits)
+    return any(replica.up and replica.could_hold(sequence) for replica in model.replicas)

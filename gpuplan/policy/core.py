@@ -29,7 +29,7 @@ from gpuplan.policy.vocabulary import (
     StepFailed,
     Wake,
 )
-from gpuplan.scenario.deployment import Deployment
+from gpuplan.scenario.deployment import Deployment, role
 
 
 class ServingCore:
@@ -38,9 +38,13 @@ class ServingCore:
     def __init__(self, deployment: Deployment) -> None:
         self._replicas = {r.id: ReplicaState(r, order) for order, r in enumerate(deployment.replicas)}
         self._models = {
-            name: ModelState(name, replicas[0].spec.role == "decoder", deployment.batching[name], replicas)
-            for name in deployment.models
-            if (replicas := [r for r in self._replicas.values() if r.spec.model == name])
+            name: ModelState(
+                name,
+                role(source) == "decoder",
+                deployment.batching[name],
+                [r for r in self._replicas.values() if r.spec.model == name],
+            )
+            for name, source in deployment.models.items()
         }
         self._sequences: dict[int, Sequence] = {}
         self._model_of = {r.spec.id: self._models[r.spec.model] for r in self._replicas.values()}
@@ -93,8 +97,9 @@ class ServingCore:
         return sum(r.running for r in self._models[model].replicas)
 
     def ready(self) -> bool:
-        """Every model has a replica that is up, and new requests are taken."""
-        return not self._draining and all(any(r.up for r in m.replicas) for m in self._models.values())
+        """Every model that has replicas has one that is up, and new requests are taken."""
+        served = [model.replicas for model in self._models.values() if model.replicas]
+        return not self._draining and all(any(r.up for r in replicas) for replicas in served)
 
     # --- events ---------------------------------------------------------------------------------------------------
 

@@ -76,6 +76,11 @@ class ReplicaState:
         yield from self.prefilling
         yield from self.decoding
 
+    def could_hold(self, sequence: Sequence) -> bool:
+        """Its KV cache is large enough for the sequence, were it empty."""
+        limit = self.spec.kv_tokens_max
+        return limit is None or sequence.kv_tokens <= limit
+
     def has_room_for(self, sequence: Sequence, batching: BatchingSpec) -> bool:
         """A place in the batch and KV cache for all of it: an admitted sequence never runs out of memory."""
         if not self.up or self.running >= batching.max_batch_size:

@@ -27,6 +27,7 @@ from gpuplan.policy.vocabulary import (
 )
 from gpuplan.record.run import BATCH_COLUMNS, REQUEST_COLUMNS, SERVED_COLUMNS, SERVER_VIEW, TELEMETRY_COLUMNS
 from gpuplan.scenario.deployment import Deployment
+from gpuplan.scenario.schedule import ScheduledRequest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,6 +53,19 @@ class Answer(msgspec.Struct, kw_only=True):
     error: str | None = None
     message: str | None = None
     http_status: int | None = None
+
+    @classmethod
+    def to(cls, request: ScheduledRequest, *, warmup_s: float) -> Answer:
+        """The answer to a scheduled request, to be filled in with what came back."""
+        return cls(
+            request_id=request.index,
+            traffic_class=request.traffic_class,
+            model=request.model,
+            warmup=request.scheduled_s < warmup_s,
+            prompt_tokens=request.prompt_tokens,
+            output_tokens=request.output_tokens,
+            scheduled_s=request.scheduled_s,
+        )
 
 
 class Served:

@@ -215,14 +215,14 @@ def _model_figures(run: Run, scenario: Scenario, model: str, first_s: float) -> 
     steps = run.batches[(run.batches["model"] == model) & (run.batches["started_s"] >= first_s)]
     depth = queue_depth(run.requests, model, np.arange(first_s, run.meta.measured_s, 0.05))
     busy_s = float((steps["done_s"] - steps["started_s"]).sum())
-    replicas = steps["replica"].nunique()
+    replicas = sum(r["model"] == model for r in run.meta.deployment["replicas"])
     span_s = max(run.meta.measured_s - first_s, 1e-9)
     return {
         "steps": len(steps),
         "batch_size": statistics(_column(steps, "batch_size")),
         "step_ms": statistics((_column(steps, "done_s") - _column(steps, "started_s")) * 1e3),
         "queue_depth": statistics(depth) if depth is not None else None,
-        "busy": min(busy_s / (span_s * replicas), 1.0) if replicas else None,
+        "busy": min(busy_s / (span_s * replicas), 1.0) if len(steps) and replicas else None,
     }
 
 

@@ -211,5 +211,6 @@ def quantile_of(key: str) -> float:
     if not key.startswith("p") or not key[1:].replace(".", "", 1).isdigit():
         raise ValueError(f"{key!r} is not min, max or pNN")
     digits = key[1:]
-    share = float(digits) / 100 if "." in digits or len(digits) <= 2 else float(f"0.{digits}")
-    return share
+    if digits == "100":
+        raise ValueError("p100 is the maximum: write max")
+    return float(digits) / 100 if "." in digits or len(digits) <= 2 else float(f"0.{digits}")

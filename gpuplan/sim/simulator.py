@@ -138,16 +138,8 @@ _REFUSALS = {"too_long": ("error", 400)}
 
 def _answer(request: ScheduledRequest, served: Served, warmup_s: float, downlink_s: float) -> Answer:
     """What a client would have seen, from what the core did."""
-    answer = Answer(
-        request_id=request.index,
-        traffic_class=request.traffic_class,
-        model=request.model,
-        warmup=request.scheduled_s < warmup_s,
-        prompt_tokens=request.prompt_tokens,
-        output_tokens=request.output_tokens,
-        scheduled_s=request.scheduled_s,
-        sent_s=request.scheduled_s,
-    )
+    answer = Answer.to(request, warmup_s=warmup_s)
+    answer.sent_s = request.scheduled_s
     if served.finished_s is not None:
         answer.done_s = served.finished_s + downlink_s
     if served.outcome != "completed":

@@ -40,7 +40,9 @@ class EmulatedCards:
         samples: list[Sample] = []
         for index in range(len(self._deployment.layouts)):
             meters = [m for m in self._meters.values() if m.replica.slice.gpu_index == index]
-            busy = {m.replica.id: m.take_busy_s(now_s) / span_s if span_s > 0 else 0.0 for m in meters}
+            # Taken at every reading, the first included: what came before it belongs to no window.
+            taken_s = {m.replica.id: m.take_busy_s(now_s) for m in meters}
+            busy = {name: seconds / span_s if span_s > 0 else 0.0 for name, seconds in taken_s.items()}
             utilization = min(sum(busy[m.replica.id] * m.profile.sm_count for m in meters) / card.sm_count, 1.0)
             power_w = card.idle_power_w + (card.power_limit_w - card.idle_power_w) * utilization
             self._energy_j[index] += power_w * span_s
