@@ -68,6 +68,7 @@ def document(found: Findings) -> dict[str, Any]:
         "service_times": _service_times(found.trials, deployment),
         "searched": {
             "layouts_valid": len(mig.valid_layouts(card)) if card else 0,
+            "layouts_maximal": len(mig.maximal_layouts(card)) if card else 0,
             "layouts_simulated": len({t.profiles for t in found.layouts_tried if t.trial}),
             "simulations": found.trials.simulations,
             "elapsed_s": time.perf_counter() - found.started_s,

@@ -2,8 +2,8 @@
 
 The metric is requests waiting per replica: GPU utilisation says 'busy' at 60 % and at 300 % of what a replica can
 bear, a queue does not. Each model is simulated at multiples of the scenario's rate: doubled until its SLOs break, then
-halved in between. The queue at the highest load that holds gives the threshold to scale up; the queue at a load that
-one replica fewer would hold too gives the threshold to scale down.
+halved in between. The queues on both sides of that load give the threshold to scale up; the queue at a load that one
+replica fewer would hold too gives the threshold to scale down. Both are averages over time, not whole requests.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ STABILIZATION_WINDOW_S = 300.0
 COOLDOWN_S_MIN = 15.0
 DOWN_MARGIN = 0.8
 """Scale down only where one replica fewer would still be this far below what it holds."""
-QUEUE_MIN = 1.0
-"""No threshold below one waiting request: the metric counts whole ones."""
+QUEUE_MIN = 0.1
+"""No threshold below this: averaged over a minute, that is one request waiting for six seconds."""
 
 
 def recommend(trials: Trials, deployment: Deployment, model: str, gpus: int) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def recommend(trials: Trials, deployment: Deployment, model: str, gpus: int) -> 
     held = [row for row in rows if row["meets_slos"]]
     last = held[-1] if held else None
     missed = next((row for row in rows if not row["meets_slos"]), None)
-    up = max(round(_up(last, missed), 1), QUEUE_MIN)
+    up = float(f"{_up(last, missed):.2g}")
     scale = deployment.autoscale
     return {
         "metric": METRIC,
@@ -87,12 +87,12 @@ def _row(trials: Trials, deployment: Deployment, model: str, factor: float) -> d
 
 
 def _up(last: dict[str, Any] | None, missed: dict[str, Any] | None) -> float:
-    """What the queue reaches one time in twenty while the SLOs still hold, and no more than its mean when they do not:
-    a threshold above that would never be crossed."""
-    if last is None:
-        return 0.0
-    reached = float(last["queue_depth_per_replica_p95"])
-    return min(reached, float(missed["queue_depth_per_replica"])) if missed else reached
+    """Between the queue at the highest load that holds and the queue at the lowest that does not (their geometric
+    mean): crossed before the SLOs break, and not at every burst that they bear."""
+    held = max(last["queue_depth_per_replica"], QUEUE_MIN) if last else QUEUE_MIN
+    if missed is None:
+        return max(float(last["queue_depth_per_replica_p95"]), QUEUE_MIN) if last else QUEUE_MIN
+    return math.sqrt(held * max(missed["queue_depth_per_replica"], held))
 
 
 def _down(held: list[dict[str, Any]], replicas: int, up: float) -> float:

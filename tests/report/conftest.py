@@ -128,7 +128,7 @@ def plan_for(run: Run, *, gpu: str = "a100-80gb") -> dict[str, Any]:
             "basis": "fitted on the first half", "worst_percent": 7.4, "median_percent": 7.4, "worst": path, "requests": 412,
         },
         "service_times": [{"model": "assistant", "slice": "3g.40gb", "basis": "roofline", "error": None, "steps": 0}],
-        "searched": {"layouts_valid": 77, "layouts_simulated": 28, "simulations": 93, "elapsed_s": 9.1},
+        "searched": {"layouts_valid": 77, "layouts_maximal": 28, "layouts_simulated": 28, "simulations": 93, "elapsed_s": 9.1},
         "alternatives": [] if cpu else [other, {**other, "worst_margin": None, "slo_attainment": None, "replicas": [],
                                                 "meets_slos": False, "simulated": False, "reason": "no memory"}] * 8,
         "notes": ["a note"],
