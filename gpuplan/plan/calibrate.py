@@ -31,7 +31,8 @@ ROUNDS = 4
 """Of weighted least squares: the weights are the last round's times, so that errors are relative and unbiased."""
 PULL = 1e-4
 HICCUP = 2.0
-"""A step this many times its expected length was held up by the host: it counts no further, but stays in the spread."""
+"""A step this many times its usual length was held up by the host: in the last round it counts no further, and it stays
+in the spread."""
 RANKS = 64
 """How many evenly spaced ranks keep a fit's spread."""
 CLOCK_S = 1e-5
@@ -132,16 +133,17 @@ def _fit(loads: list[StepLoad], seconds: NDArray[np.float64], roofline_s: list[f
         tokens, samples = (np.array([getattr(load, name) for load in loads]) for name in ("prefill_tokens", "samples"))
         features = np.column_stack([ones, zeros, tokens, samples])
     seconds = np.maximum(seconds, CLOCK_S)
-    mean, target = seconds, seconds
-    for _ in range(ROUNDS):
-        # The last row pulls the fixed cost to zero, so weakly that only steps which cannot tell it from the rest feel
-        # it: a run of single requests must not teach that a batch of 64 costs the same.
-        pull = np.array([[np.sqrt(PULL * len(loads)) / np.median(seconds), 0.0, 0.0, 0.0]])
+    # The last row pulls the fixed cost to zero, so weakly that only steps which cannot tell it from the rest feel it: a
+    # run of single requests must not teach that a batch of 64 costs the same.
+    pull = np.array([[np.sqrt(PULL * len(loads)) / np.median(seconds), 0.0, 0.0, 0.0]])
+    mean = target = seconds
+    for round_ in range(ROUNDS):
         coefficients, _ = nnls(np.vstack([features / mean[:, None], pull]), np.append(target / mean, 0.0))
         mean = np.maximum(features @ coefficients, CLOCK_S)
-        target = np.minimum(seconds, HICCUP * mean)
+        if round_ == ROUNDS - 2:
+            target = np.minimum(seconds, HICCUP * mean * np.median(seconds / mean))
     ratios = np.quantile(seconds / mean, (np.arange(RANKS) + 0.5) / RANKS)
-    error = float(np.mean(np.abs(mean / seconds - 1)))
+    error = float(np.mean(np.abs(seconds / mean - 1)))
     fixed_s, factor, per_token_s, per_sample_s = map(float, coefficients)
     return Fit(fixed_s, factor, per_token_s, per_sample_s, tuple(map(float, ratios)), len(loads), error)
 

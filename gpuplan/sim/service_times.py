@@ -27,7 +27,7 @@ class Fit:
     """`seconds = fixed_s + roofline_factor * roofline + per_token_s * prefill tokens + per_sample_s * samples`.
 
     No coefficient is negative, so time never falls as work grows. `ratios` are measured / fitted at evenly spaced
-    ranks: the spread a simulation draws from. `error` is the mean absolute error as a share.
+    ranks: the spread a simulation draws from. `error` is the mean absolute error, as a share of the fitted time.
     """
 
     fixed_s: float

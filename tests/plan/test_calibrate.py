@@ -79,3 +79,24 @@ def test_a_prediction_above_the_measurement_is_a_positive_error(run: Run) -> Non
     result = calibrate.backtest(dataclasses.replace(run, requests=slowed))
     assert result is not None
     assert result["error_percent"]["classes.mood.e2el_ms.p50"] == pytest.approx(100, abs=5)
+
+
+def test_a_noisy_host_does_not_lead_the_fit_astray() -> None:
+    noisy = (0.25, 0.7, 0.9, 0.95, 1.0, 1.0, 1.05, 1.1, 1.2, 4.0)
+    law = Fit(0.001, 0.0, 1e-7, 1e-5, noisy, 1, 0.0)
+    asked = scenario(
+        models={"mood": {"builtin": "sentiment"}},
+        traffic=[
+            {
+                "name": "mood",
+                "model": "mood",
+                "arrivals": {"process": "poisson", "rate": 60},
+                "prompt_tokens": {"lognormal": {"p50": 30, "p95": 900}},
+            }
+        ],
+        deployment={"gpu": "cpu"},
+    )
+    fit = calibrate.fit(simulated(asked, ServiceTimes({("mood", "cpu"): law}))).fits[("mood", "cpu")]
+    for tokens in (30, 1500):
+        load = StepLoad(tokens, tokens * tokens, 0, 0, 1)
+        assert fit.seconds(load, 0.0) == pytest.approx(law.seconds(load, 0.0), rel=0.25)
