@@ -95,7 +95,8 @@ def _verdict(deployment: Deployment, seeds: dict[int, Summary], meets: bool) -> 
 def describe(deployment: Deployment) -> str:
     """The cards of a deployment in a few words."""
     if deployment.gpu is None:
-        return f"{len(deployment.replicas)} replica(s) on the host's CPU"
+        count = len(deployment.replicas)
+        return f"{count} replica{'s' if count > 1 else ''} on the host's CPU"
     layout = deployment.layouts[0]
     how = "uncut" if layout == (mig.WHOLE,) else "cut as " + " + ".join(layout)
     return f"{len(deployment.layouts)} x {deployment.gpu_name} {how}"

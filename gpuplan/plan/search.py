@@ -106,29 +106,36 @@ class _Layouts:
         bound = layouts.gpus_needed_min(self._card, self._rates, self._capacities)
         most = self._own.autoscale.max_gpus
         tried: list[LayoutTried] = []
-        wanted: set[tuple[str, ...]] | None = None
-        best: Trial | None = None
+        failed: list[Trial] = []
         for count in range(min(bound or 1, most), most + 1):
-            round_ = self._round(count, wanted)
+            round_ = self._round(count, self._worth_another(tried))
             tried += round_
             ranked = sorted((t.trial for t in round_ if t.trial), key=lambda t: t.rank)
-            if ranked and ranked[0].holds:
-                winner = self._verified([t for t in ranked if t.holds])
-                if winner is not None:
-                    return _Found(winner, bound, tried)
-            if ranked and (best is None or ranked[0].rank < best.rank):
-                best = ranked[0]
-            wanted = {layout_of(t.spec) for t in ranked[:LAYOUTS_KEPT]} or None
-        if best is None:
+            winner = self._verified([t for t in ranked if t.holds])
+            if winner is not None:
+                return _Found(winner, bound, tried)
+            failed += ranked[:1]
+        if not failed:
             raise RunError(f"no layout of up to {most} x {self._card.name} has a slice for every model")
-        note = f"no layout of up to {most} cards (autoscale.max_gpus) meets every SLO; this is the best attempt"
+        # Where no number of cards is enough, the fewest that come as near as any: more would be bought for nothing.
+        near = min(t.margin for t in failed) * (1 + ALIKE)
+        best = next(t for t in failed if t.margin <= near)
+        note = f"no layout of up to {most} cards (autoscale.max_gpus) meets every SLO; this is the least as near to it"
         return _Found(best, bound, tried, [note])
 
-    def _round(self, count: int, wanted: set[tuple[str, ...]] | None) -> list[LayoutTried]:
+    def _worth_another(self, tried: list[LayoutTried]) -> set[tuple[str, ...]]:
+        """Layouts to try with one card more: all at first, then the best of the last round and those that had too few
+        slices for all models."""
+        last = [t for t in tried if t.count == tried[-1].count]
+        ranked = sorted((t for t in last if t.trial), key=lambda t: t.trial.rank if t.trial else (True, 0.0))
+        kept = {t.profiles for t in ranked[:LAYOUTS_KEPT]} | {t.profiles for t in last if t.trial is None}
+        return kept or set(layouts.layouts(self._card))
+
+    def _round(self, count: int, wanted: set[tuple[str, ...]]) -> list[LayoutTried]:
         found = layouts.candidates(self._card, count, self._rates, self._capacities, best=ASSIGNMENTS_SIMULATED)
         tried = []
         for i, (profiles, choices) in enumerate(found.items(), start=1):
-            if wanted is not None and profiles not in wanted:
+            if profiles not in wanted:
                 continue
             self._say(f"{count} x {self._card.name}, layout {i} of {len(found)}: {' + '.join(profiles)}")
             results = [self._trials.trial(self._spec(count, profiles, choice.replicas)) for choice in choices]
@@ -147,6 +154,8 @@ class _Layouts:
 
     def _verified(self, holding: list[Trial]) -> Trial | None:
         """The first of the finalists that holds on every fresh seed, or None."""
+        if not holding:
+            return None
         self._say("checking the finalists on fresh seeds")
         alike = [t for t in holding if t.margin <= holding[0].margin * (1 + ALIKE)]
         alike.sort(key=lambda t: (t.occupied, t.rank))
@@ -181,7 +190,7 @@ class _Layouts:
         for model in self._rates:
             if not any((model, kind) in self._capacities for kind in profiles):
                 return f"no slice has the memory for {model}"
-        return f"{len(profiles) * count} slice(s) for {len(self._rates)} models, each of which needs one of its own"
+        return f"slices for {len(self._rates)} models, each of which needs its own: there are {len(profiles) * count}"
 
 
 def _one_replica_fewer(spec: DeploymentSpec) -> Iterator[DeploymentSpec]:

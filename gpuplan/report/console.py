@@ -101,7 +101,7 @@ def _facts(plan: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         "proven least" if plan["proven_optimal"] else f"gap {words.share(plan['optimality_gap'])}, not proven least"
     )
     cost, least = words.money(plan["cost_per_hour"]), words.money(plan["lower_bound_cost_per_hour"])
-    yield "cost", f"{cost}/h, at least {least}/h ({proven})"
+    yield "cost", f"{cost}/h, at least {least}/h ({proven})" if plan["gpus_needed"] else "the host itself"
     for layout in plan["mig"]["layouts"]:
         yield "layout", f"{layout['count']} x {layout['gpu']}: {' + '.join(layout['profiles'])}"
     if not plan["mig"]["layouts"]:
