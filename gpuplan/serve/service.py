@@ -31,6 +31,8 @@ from gpuplan.telemetry.nvml import NvmlCards, discover
 from gpuplan.telemetry.sampler import Sampler
 
 DRAIN_S = 30.0
+SHUTDOWN_S = 1
+"""What is left to connections after the drain: their last bytes. A stream that outlived the drain is cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,7 @@ class _Listener(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app, log_level="warning", access_log=False, lifespan="off", server_header=False, timeout_keep_alive=75,
+                timeout_graceful_shutdown=SHUTDOWN_S,
                 h11_max_incomplete_event_size=64 << 10, backlog=2048,
             )
         )  # fmt: skip

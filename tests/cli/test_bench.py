@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -153,17 +155,33 @@ def test_a_port_in_use_is_said_so(short: Path) -> None:
     assert "cannot listen there: Address already in use" in one_error_line(done)
 
 
-def test_the_second_signal_ends_a_drain(short: Path) -> None:
-    server = started(command("serve", short, "--port", "0", "--json"))
+@contextlib.contextmanager
+def streaming(scenario: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """A server with a client that reads a stream of many seconds."""
+    server = started(command("serve", scenario, "--port", "0", "--json", *options))
     assert server.stdout is not None
-    url = json.loads(server.stdout.readline())["url"]
-    port = int(url.rsplit(":", 1)[1])
+    port = int(json.loads(server.stdout.readline())["url"].rsplit(":", 1)[1])
     body = b'{"model": "chat", "prompt": "x", "max_tokens": 4000, "stream": true}'
     with socket.create_connection(("127.0.0.1", port)) as client:
         client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         assert b"200 OK" in client.recv(1000)
+        try:
+            yield server
+        finally:
+            server.kill()
+            server.communicate()
+
+
+def test_a_drain_waits_for_streams_until_a_second_signal(short: Path) -> None:
+    with streaming(short) as server:
         server.send_signal(signal.SIGTERM)
         time.sleep(1)
         assert server.poll() is None, "it waits for the stream"
         server.send_signal(signal.SIGTERM)
         assert server.wait(10) is not None
+
+
+def test_a_drain_ends_at_its_timeout(short: Path) -> None:
+    with streaming(short, "--drain-timeout", "0.5") as server:
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(10) == 0

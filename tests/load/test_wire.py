@@ -98,20 +98,20 @@ def test_each_piece_has_the_time_at_which_it_came() -> None:
     assert 0.04 < second_s - first_s < 0.5
 
 
-def test_a_connection_is_used_again_and_replaced_when_lost() -> None:
+def test_a_connection_is_used_again_until_the_server_says_close() -> None:
     connections = 0
 
     async def counting(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal connections
         connections += 1
-        for _ in range(2):  # two answers to a connection, then it is closed
-            await head(reader)
-            writer.write(OK + b"hello")
+        await head(reader)
+        writer.write(OK + b"hello")
+        await head(reader)
+        writer.write(OK.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n") + b"hello")
 
     exchanges = exchange_with(counting, requests=6)
-    assert [e.status for e in exchanges if e.error is None] == [200] * len([e for e in exchanges if e.error is None])
-    assert sum(e.error is None for e in exchanges) >= 5, "at most a race at a close is lost"
-    assert 3 <= connections <= 4
+    assert [(e.error, e.status) for e in exchanges] == [(None, 200)] * 6
+    assert connections == 3
 
 
 def test_an_unreachable_target_is_an_error_of_its_own() -> None:
