@@ -1,8 +1,9 @@
 """How large a batch may grow, how long it may wait, how deep the queue may be: for each model of a chosen layout.
 
 Judged under stress, at the highest load that the model still holds: at ease every setting looks alike, and the best
-one there would be the smallest batch. A setting is changed only when the change clearly betters the tightest SLO;
-what does not matter stays as it was configured, and the reason says so.
+one there would be the smallest batch. A setting is changed only when the change clearly betters the tightest SLO
+there and the model then holds no less load than before; what does not matter stays as it was configured, and the reason
+says so.
 """
 
 from __future__ import annotations
@@ -48,12 +49,15 @@ def _settle(trials: Trials, deployment: Deployment, model: str) -> tuple[Batchin
         part = trials.part(deployment.with_batching(model, changed), model, factor=stress)
         if changed != rule and _clearly_better(part, best):
             rule, best = changed, part
+    held = thresholds.highest_held(trials, deployment.with_batching(model, rule), model)
+    if held < stress:  # more room at that load and less load in all: not a bargain
+        rule = configured
     if rule == configured:
-        why = f"kept: at {stress:g} x the rate no other size or delay betters its tightest SLO; {seen_max} ran at once"
+        why = f"kept: no other size or delay does better at {stress:g} x the rate, the most it holds; {seen_max} ran at once"
     else:
         why = (
-            f"at {stress:g} x the rate its tightest SLO stands at {best.margin:.2f} of the limit, "
-            f"and at {before.margin:.2f} as configured"
+            f"holds up to {held:g} x the rate, as configured {stress:g} x; at the latter its tightest SLO stands at "
+            f"{best.margin:.2f} of the limit, as configured at {before.margin:.2f}"
         )
     depth, why_depth = _queue_limit(trials, deployment, model, rule)
     return msgspec.structs.replace(rule, max_queue_size=depth), f"{why}; {why_depth}"
