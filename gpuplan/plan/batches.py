@@ -53,7 +53,8 @@ def _settle(trials: Trials, deployment: Deployment, model: str) -> tuple[Batchin
     if held < stress:  # more room at that load and less load in all: not a bargain
         rule = configured
     if rule == configured:
-        why = f"kept: no other size or delay does better at {stress:g} x the rate, the most it holds; {seen_max} ran at once"
+        most = f"{stress:g} x the rate, the most it holds"
+        why = f"kept: no other size or delay does better at {most}; {seen_max} ran at once"
     else:
         why = (
             f"holds up to {held:g} x the rate, as configured {stress:g} x; at the latter its tightest SLO stands at "

@@ -155,13 +155,35 @@ def test_a_client_that_hangs_up_frees_its_place() -> None:
         async with client.stream("POST", "/v1/completions", json=body) as answer:
             await anext(answer.aiter_bytes())
             assert service.server.core.in_flight == 1
-        for _ in range(200):
-            if service.server.core.in_flight == 0:
-                return
-            await asyncio.sleep(0.01)
-        raise AssertionError("the request still runs for nobody")
+        await until(lambda: service.server.core.in_flight == 0)
 
     run(EMULATED, scene)
+
+
+@pytest.mark.parametrize("queued", [False, True], ids=["while it runs", "while it waits"])
+def test_a_client_that_hangs_up_before_any_answer_frees_its_place_too(queued: bool) -> None:
+    async def scene(client: httpx.AsyncClient, service: Service) -> None:
+        body = {"model": "llm", "prompt": "x", "max_tokens": 5000}
+        core = service.server.core
+        sent = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(2 if queued else 1)]
+        await until(lambda: core.in_flight == len(sent))
+        assert core.waiting("llm") == int(queued)
+        sent[-1].cancel()
+        await until(lambda: core.in_flight == len(sent) - 1)
+        assert core.waiting("llm") == 0
+        sent[0].cancel()
+        await until(lambda: core.in_flight == 0)
+
+    run(EMULATED, scene)
+
+
+async def until(true: Callable[[], bool]) -> None:
+    """Waits for at most two seconds."""
+    for _ in range(200):
+        if true():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it never came true")
 
 
 def test_metrics_parse_and_count() -> None:

@@ -14,7 +14,7 @@ import hmac
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -36,6 +36,7 @@ PROMPT_TOKENS_MAX = 2048
 """For models without a known context window (ONNX files)."""
 
 B = TypeVar("B", bound=msgspec.Struct)
+T = TypeVar("T")
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -108,7 +109,7 @@ class _Http:
             for i, prompt in enumerate(prompts)
         ]
         try:
-            outputs = [output for ticket in tickets async for output in ticket]
+            outputs = await _while_connected(request, _all_of(tickets))
         finally:
             for ticket in tickets:
                 self._server.cancel(ticket)
@@ -151,8 +152,8 @@ class _Http:
         reply = openai.Reply(kind, request_id, body.model, int(time.time()))
         ticket = self._server.submit(body.model, prompt, output_tokens=tokens_max, client_id=request_id)
         outputs = aiter(ticket)
-        try:
-            first = await anext(outputs, None)  # a refusal comes here, before any header is sent
+        try:  # a refusal comes here, before any header is sent
+            first = await _while_connected(request, _first_of(outputs))
         except BaseException:
             self._server.cancel(ticket)
             raise
@@ -162,7 +163,8 @@ class _Http:
             events = self._stream(ticket, first, outputs, reply, len(prompt.token_ids), tokens_max, with_usage)
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)
         try:
-            pieces = ([first] if first else []) + [output async for output in outputs]
+            pieces = [first] if first else []
+            pieces += await _while_connected(request, _all_of([outputs]))
         finally:
             self._server.cancel(ticket)
         used = openai.usage(len(prompt.token_ids), len(pieces))
@@ -244,6 +246,33 @@ def _answering(handler: Handler, api_key: str | None) -> Handler:
             return Response(status_code=499)
 
     return answer
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` gives. Raises ClientDisconnect, with the work cancelled, as soon as the client is gone."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientDisconnect
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _first_of(outputs: AsyncIterator[Output]) -> Output | None:
+    return await anext(outputs, None)
+
+
+async def _all_of(streams: Sequence[AsyncIterable[Output]]) -> list[Output]:
+    return [output for stream in streams async for output in stream]
 
 
 async def _body(request: Request, kind: type[B]) -> B:
