@@ -212,20 +212,16 @@ async def _ticking(
 
 
 def _progress(replay: Replay, schedule: Schedule) -> Progress:
-    now_s = time.monotonic()
-    recent = zip(schedule.requests[: len(replay.exchanges)], replay.exchanges, strict=True)
-    last = list(recent)[-1000:]
-    ended = [(r, e) for r, e in last if e.done_s is not None]
-    waits = sorted((e.done_s - replay.start_s - r.scheduled_s) * 1e3 for r, e in ended if e.status == 200 and e.done_s)
+    waits_ms = sorted(replay.recent_ms)
     sent = len(replay.exchanges)
     return Progress(
-        elapsed_s=max(now_s - replay.start_s, 0.0) if replay.start_s else 0.0,
+        elapsed_s=max(time.monotonic() - replay.start_s, 0.0) if replay.start_s else 0.0,
         duration_s=schedule.duration_s,
         requests=len(schedule.requests),
         sent=sent,
         in_flight=replay.in_flight,
         ended=sent - replay.in_flight,
-        failed=sum(1 for e in replay.exchanges if e.done_s is not None and (e.error or e.status != 200)),
-        e2el_ms_p50=waits[len(waits) // 2] if waits else None,
-        e2el_ms_p95=waits[int(len(waits) * 0.95)] if waits else None,
+        failed=replay.failed,
+        e2el_ms_p50=waits_ms[len(waits_ms) // 2] if waits_ms else None,
+        e2el_ms_p95=waits_ms[int(len(waits_ms) * 0.95)] if waits_ms else None,
     )

@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import deque
 from collections.abc import Sequence
+from functools import partial
 
 from gpuplan.load.wire import Exchange, Pool
 from gpuplan.scenario.schedule import ScheduledRequest
@@ -19,8 +21,12 @@ SPIN_S = 0.002
 """How long before its time a request is waited for by turning the loop: the worst oversleep of an event loop timer."""
 
 
+RECENT = 1000
+
+
 class Replay:
-    """One pass over a schedule. `start_s` is the moment of its time zero on the monotonic clock."""
+    """One pass over a schedule. `start_s` is the moment of its time zero on the monotonic clock. For a live display,
+    `failed` counts what was not answered 200, and `recent_ms` holds the last latencies, from the schedule."""
 
     def __init__(self, requests: Sequence[ScheduledRequest], payloads: Sequence[bytes], pool: Pool) -> None:
         self._requests, self._payloads, self._pool = requests, payloads, pool
@@ -28,6 +34,8 @@ class Replay:
         self._sends: set[asyncio.Task[None]] = set()
         self.exchanges: list[Exchange] = []
         self.start_s = 0.0
+        self.failed = 0
+        self.recent_ms: deque[float] = deque(maxlen=RECENT)
 
     async def run(self, *, start_s: float, drain_s: float) -> None:
         """Sends everything, then waits up to `drain_s` for the last answers; what is still open is interrupted."""
@@ -40,7 +48,7 @@ class Replay:
             self.exchanges.append(exchange)
             task = asyncio.get_running_loop().create_task(self._pool.send(payload, exchange))
             self._sends.add(task)
-            task.add_done_callback(self._sends.discard)
+            task.add_done_callback(partial(self._ended, request, exchange))
         if self._sends:
             await asyncio.wait(self._sends, timeout=drain_s)
         await self._interrupt()
@@ -61,6 +69,13 @@ class Replay:
     def in_flight(self) -> int:
         """Requests sent and not yet ended."""
         return len(self._sends)
+
+    def _ended(self, request: ScheduledRequest, exchange: Exchange, task: asyncio.Task[None]) -> None:
+        self._sends.discard(task)
+        if exchange.error or exchange.status != 200 or exchange.done_s is None:
+            self.failed += 1
+        else:
+            self.recent_ms.append((exchange.done_s - self.start_s - request.scheduled_s) * 1e3)
 
     async def _until(self, due_s: float) -> None:
         left_s = due_s - time.monotonic()
