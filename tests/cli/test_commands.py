@@ -18,6 +18,15 @@ def test_every_example_is_sound_and_says_what_it_shows(file: Path) -> None:
     assert file.read_text().startswith("# Shows ")
 
 
+@pytest.mark.parametrize("file", [f for f in SCENARIOS if "gpu: cpu" not in f.read_text()], ids=lambda f: f.stem)
+def test_every_example_on_a_card_can_be_simulated(file: Path, tmp_path: Path) -> None:
+    """The one on the CPU has to be measured, and is in test_bench."""
+    done = gpuplan("simulate", file, "--out", tmp_path / "run", "--json")
+    assert done.returncode == 0, done.stderr
+    overall = json.loads(done.stdout)["summary"]["overall"]
+    assert overall["completed"] == overall["requests"] > 50
+
+
 def test_every_command_has_help_with_an_example() -> None:
     for name in ("bench", "simulate", "plan", "report", "serve", "export", "gpus"):
         done = gpuplan(name, "--help")
