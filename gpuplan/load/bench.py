@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -25,7 +25,8 @@ from gpuplan.errors import RunError
 from gpuplan.load import protocols
 from gpuplan.load.replayer import Replay
 from gpuplan.load.targets import opened
-from gpuplan.load.wire import Exchange, Pool, Target
+from gpuplan.load.wire import Pool, Target
+from gpuplan.record import summary
 from gpuplan.record.recorder import assemble
 from gpuplan.record.run import Run, RunMeta
 from gpuplan.scenario import deployment as supply
@@ -34,6 +35,9 @@ from gpuplan.scenario.demand import Scenario
 from gpuplan.scenario.deployment import Deployment
 from gpuplan.scenario.schedule import Schedule
 from gpuplan.telemetry import nvml
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 LEAD_S = 0.25
 """From 'everything is ready' to time zero: the first request must not be late for want of a loop turn."""
@@ -126,7 +130,7 @@ async def bench(
         machine=_machine(),
         interrupted=replay.stopped,
         failure=failure,
-        notes=[*about.get("notes", []), *_notes(schedule, replay.exchanges, replay.start_s, scenario.warmup)],
+        notes=[*about.get("notes", []), *_notes(schedule, tables.requests)],
         gpuplan_version=__version__,
     )
     return Run(meta, *tables, decisions=server.decisions if server else ())
@@ -139,16 +143,13 @@ async def _reach(pool: Pool, target: Target, requests: int) -> None:
         raise RunError(f"cannot reach {target}: {error.strerror or error}") from None
 
 
-def _notes(schedule: Schedule, exchanges: list[Exchange], start_s: float, warmup_s: float) -> list[str]:
+def _notes(schedule: Schedule, requests: pd.DataFrame) -> list[str]:
     notes = []
+    sent = requests[~requests["warmup"].astype(bool)]
     if schedule.clipped:
         notes.append(f"{schedule.clipped} drawn lengths were cut to the model's context window")
-    lags = sorted(
-        (e.sent_s - start_s - r.scheduled_s) * 1e3
-        for r, e in zip(schedule.requests, exchanges, strict=False)
-        if e.sent_s is not None and r.scheduled_s >= warmup_s
-    )
-    if lags and (late_ms := lags[int(len(lags) * 0.99)]) > LATE_MS:
+    late_ms = summary.statistics(summary.send_lag_ms(sent))["p99"]
+    if late_ms is not None and late_ms > LATE_MS:
         notes.append(f"requests left late (p99 {late_ms:.1f} ms): the load generator or its host was a limit")
     return notes
 

@@ -19,9 +19,8 @@ from gpuplan.scenario.schedule import ScheduledRequest
 
 SPIN_S = 0.002
 """How long before its time a request is waited for by turning the loop: the worst oversleep of an event loop timer."""
-
-
 RECENT = 1000
+"""How many of the last answers a live display looks at."""
 
 
 class Replay:

@@ -2,7 +2,8 @@
 
 A `Pool` sends an already serialised request on an idle connection (the one used last, so few are kept warm) or a new
 one, and gives an `Exchange`: when the bytes left, the status, and every piece of the body with the time at which the
-socket handed it over. Whatever goes wrong ends in `Exchange.error`, a kind of `ERRORS`, never in an exception.
+socket handed it over. Whatever goes wrong ends in `Exchange.error`, never in an exception:
+`connect`, `disconnected`, `malformed`, `timeout`, `interrupted` or `response_too_large`.
 One request at a time on a connection; no pipelining, no redirects, no retries.
 """
 
@@ -19,7 +20,6 @@ import httptools
 
 from gpuplan.errors import InputError
 
-ERRORS = ("connect", "disconnected", "malformed", "timeout", "interrupted", "response_too_large")
 RESPONSE_BYTES_MAX = 64 << 20
 """A bound on what one answer may hold in memory: 100 times a long stream of tokens."""
 
@@ -65,13 +65,12 @@ class Target:
 class Exchange:
     """One request and what came back. Times are the monotonic clock's; `pieces` are (time, bytes) in order."""
 
-    __slots__ = ("bytes_in", "done", "done_s", "error", "message", "pieces", "retry_after", "sent_s", "status")
+    __slots__ = ("bytes_in", "done", "done_s", "error", "message", "pieces", "sent_s", "status")
 
     def __init__(self) -> None:
         self.sent_s: float | None = None
         self.done_s: float | None = None
         self.status: int | None = None
-        self.retry_after: str | None = None
         self.pieces: list[tuple[float, bytes]] = []
         self.bytes_in = 0
         self.error: str | None = None
@@ -199,10 +198,6 @@ class _Connection(asyncio.Protocol):
             self._finish("disconnected", str(error) if error else "the server closed the connection")
 
     # --- httptools -------------------------------------------------------------------------------------------------
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if name.lower() == b"retry-after" and self._exchange is not None:
-            self._exchange.retry_after = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
         if self._exchange is not None:

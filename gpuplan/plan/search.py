@@ -28,6 +28,7 @@ from gpuplan.plan import batches, calibrate, capacity, layouts, thresholds
 from gpuplan.plan.document import Findings, document
 from gpuplan.plan.trials import LayoutTried, Trial, Trials
 from gpuplan.record.run import Run
+from gpuplan.record.summary import Summary
 from gpuplan.scenario import deployment as supply
 from gpuplan.scenario import files
 from gpuplan.scenario.demand import DeploymentSpec, ReplicaSpec
@@ -57,11 +58,11 @@ def make_plan(run: Run, *, on_progress: Callable[[str], None] = lambda _: None) 
         found = _Layouts(trials, own.gpu, scenario.deployment, on_progress).search()
     on_progress("settling batch sizes")
     spec, reasons = batches.recommend(trials, found.winner)
-    final = trials.trial(spec, seeds=(0,))
-    fresh = {seed: trials.whole(final.deployment, seed=seed) for seed in FRESH_SEEDS}
+    final = trials.trial(spec)
+    fresh = _on_fresh_seeds(trials, final)
     if found.winner.holds and not all(figures["meets_slos"] for figures in fresh.values()):
-        final = trials.trial(found.winner.spec, seeds=(0,))
-        fresh = {seed: trials.whole(final.deployment, seed=seed) for seed in FRESH_SEEDS}
+        final = trials.trial(found.winner.spec)
+        fresh = _on_fresh_seeds(trials, final)
         reasons = dict.fromkeys(
             reasons, "as configured: other settings did better on the seeds they were tuned on only"
         )
@@ -84,6 +85,10 @@ def make_plan(run: Run, *, on_progress: Callable[[str], None] = lambda _: None) 
             started_s=started_s,
         )
     )
+
+
+def _on_fresh_seeds(trials: Trials, trial: Trial) -> dict[int, Summary]:
+    return {seed: trials.whole(trial.deployment, seed=seed) for seed in FRESH_SEEDS}
 
 
 @dataclass(slots=True)
@@ -202,8 +207,3 @@ def _one_replica_fewer(spec: DeploymentSpec) -> Iterator[DeploymentSpec]:
         if counts[row.model] > 1:
             fewer = [msgspec.structs.replace(row, count=row.count - 1)] if row.count > 1 else []
             yield msgspec.structs.replace(spec, replicas=[*spec.replicas[:i], *fewer, *spec.replicas[i + 1 :]])
-
-
-def layout_of(spec: DeploymentSpec) -> tuple[str, ...]:
-    """The profile names of one card of a deployment."""
-    return tuple(spec.mig) or (mig.WHOLE,)

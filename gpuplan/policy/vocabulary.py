@@ -127,7 +127,6 @@ class Fail(Word, frozen=True):
 
 
 Action = Reject | RunStep | Complete | Fail
-EVENTS: tuple[type[Word], ...] = (Arrive, StepDone, StepFailed, Cancel, ReplicaUp, ReplicaDown, Drain, Wake)
 
 
 class Decision(Struct, frozen=True):

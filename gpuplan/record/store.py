@@ -117,7 +117,11 @@ def shifted_decisions(lines: Iterable[bytes], start_s: float) -> tuple[bytes, ..
 
 def write_json(path: Path, data: Any) -> None:
     """Strict JSON: NaN and infinity become null."""
-    text = json.dumps(_finite(data), indent=2, allow_nan=False) + "\n"
+    write_text(path, json.dumps(_finite(data), indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, whole or not at all."""
     _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

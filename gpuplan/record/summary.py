@@ -38,10 +38,16 @@ def summarize(run: Run, *, since_s: float | None = None) -> Summary:
         asked = asked[asked["scheduled_s"] >= since_s]
         first_s = max(first_s, since_s)
     measured_s = max(run.meta.measured_s - first_s, 1e-9)
-    classes = {c.name: _figures(asked[asked["traffic_class"] == c.name], [c], measured_s) for c in scenario.traffic}
-    for traffic in scenario.traffic:
-        classes[traffic.name]["model"] = traffic.model
-        classes[traffic.name]["slos"] = slo_verdicts(asked[asked["traffic_class"] == traffic.name], traffic)
+    parts = [(c, asked[asked["traffic_class"] == c.name]) for c in scenario.traffic]
+    good_by_class = {c.name: int(good(rows, c).sum()) for c, rows in parts}
+    classes = {
+        c.name: {
+            **_figures(rows, good_by_class[c.name], measured_s),
+            "model": c.model,
+            "slos": slo_verdicts(rows, c),
+        }
+        for c, rows in parts
+    }
     return {
         "schema_version": 1,
         "source": run.meta.source,
@@ -49,7 +55,7 @@ def summarize(run: Run, *, since_s: float | None = None) -> Summary:
         "measured_s": measured_s,
         "interrupted": run.meta.interrupted,
         "unfinished": int((run.requests["status"] == "interrupted").sum()),
-        "overall": _figures(asked, scenario.traffic, measured_s),
+        "overall": _figures(asked, sum(good_by_class.values()), measured_s),
         "classes": classes,
         "models": {name: _model_figures(run, scenario, name, first_s) for name in scenario.models},
         "telemetry": _telemetry_figures(run, first_s),
@@ -88,6 +94,12 @@ def latencies_ms(requests: pd.DataFrame) -> dict[str, Floats]:
         "ttft_from_sent_ms": (first - sent)[with_first] * 1e3,
         "e2el_from_sent_ms": (last - sent) * 1e3,
     }
+
+
+def send_lag_ms(requests: pd.DataFrame) -> Floats:
+    """The load generator's own delay of every request that was sent."""
+    lag = (_column(requests, "sent_s") - _column(requests, "scheduled_s")) * 1e3
+    return lag[~np.isnan(lag)]
 
 
 def good(requests: pd.DataFrame, traffic: TrafficClass) -> NDArray[np.bool_]:
@@ -189,12 +201,10 @@ def telemetry_series(run: Run, column: str) -> dict[str, tuple[Floats, Floats]]:
 # --- parts of a summary -------------------------------------------------------------------------------------------
 
 
-def _figures(requests: pd.DataFrame, classes: list[TrafficClass], measured_s: float) -> dict[str, Any]:
+def _figures(requests: pd.DataFrame, goods: int, measured_s: float) -> dict[str, Any]:
     completed = requests[requests["status"] == "completed"]
     failed = requests[requests["status"] == "error"]
-    goods = sum(int(good(requests[requests["traffic_class"] == c.name], c).sum()) for c in classes)
     by_metric = latencies_ms(requests)
-    lag = (_column(requests, "sent_s") - _column(requests, "scheduled_s")) * 1e3
     return {
         "requests": len(requests),
         "completed": len(completed),
@@ -205,7 +215,7 @@ def _figures(requests: pd.DataFrame, classes: list[TrafficClass], measured_s: fl
         "goodput": goods / measured_s,
         "slo_attainment": goods / len(requests) if len(requests) else None,
         **{metric: statistics(values) for metric, values in by_metric.items()},
-        "send_lag_ms": statistics(lag[~np.isnan(lag)]),
+        "send_lag_ms": statistics(send_lag_ms(requests)),
         "queue_ms": statistics(_waits_ms(completed)),
         "merged_token_share": float(completed["merged_tokens"].sum() / max(completed["tokens"].sum(), 1)),
     }

@@ -15,6 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from gpuplan.record import store
 from gpuplan.record.run import Run
 from gpuplan.record.summary import Summary
 from gpuplan.report import words
@@ -26,10 +27,8 @@ MESSAGE_CHARS = 300
 
 
 def write(run: Run, summary: Summary, plan: dict[str, Any] | None, path: Path) -> None:
-    """Writes the page under another name and renames it, so a reader never meets half of one."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(render(run, summary, plan), encoding="utf-8")
-    temporary.replace(path)
+    """Writes the page, whole or not at all."""
+    store.write_text(path, render(run, summary, plan))
 
 
 def render(run: Run, summary: Summary, plan: dict[str, Any] | None) -> str:

@@ -14,7 +14,6 @@ from functools import cache
 
 SENTIMENT_LABELS = ("negative", "positive")
 ROWS, WIDTH, HIDDEN = 4096, 64, 1024
-PADDING = 0
 
 # The most common English words of liking and disliking; 2 and -2 for strong ones.
 _LEXICON = {
