@@ -37,4 +37,7 @@ def plan(
         run = simulate(asked, deployment.resolve(asked), schedule, ServiceTimes({}), seed=asked.seed)
     if folder != source:
         store.write(run, folder)
-    common.deliver(run, folder, common.make_plan(run, quiet=as_json), as_json=as_json)
+    made = common.make_plan(run, quiet=as_json)
+    common.deliver(run, folder, made, as_json=as_json)
+    if made is None:
+        raise typer.Exit(1)

@@ -99,7 +99,7 @@ async def bench(
         try:
             await _reach(pool, target.target, len(payloads))
             async with _quiet(), _interruptible(replay), _ticking(replay, schedule, on_tick):
-                await replay.run(start_s=time.monotonic() + LEAD_S, drain_s=options.timeout_s)
+                await replay.run(start_s=time.monotonic() + LEAD_S)
             measured_s = time.monotonic() - replay.start_s
         finally:
             pool.close()

@@ -36,8 +36,8 @@ class Replay:
         self.failed = 0
         self.recent_ms: deque[float] = deque(maxlen=RECENT)
 
-    async def run(self, *, start_s: float, drain_s: float) -> None:
-        """Sends everything, then waits up to `drain_s` for the last answers; what is still open is interrupted."""
+    async def run(self, *, start_s: float) -> None:
+        """Sends everything, then waits for the last answers: each is bounded by the pool's own timeout."""
         self.start_s = start_s
         for request, payload in zip(self._requests, self._payloads, strict=True):
             await self._until(start_s + request.scheduled_s)
@@ -49,7 +49,7 @@ class Replay:
             self._sends.add(task)
             task.add_done_callback(partial(self._ended, request, exchange))
         if self._sends:
-            await asyncio.wait(self._sends, timeout=drain_s)
+            await asyncio.wait(self._sends)
         await self._interrupt()
 
     def stop(self) -> None:

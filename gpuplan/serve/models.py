@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gpuplan.errors import InputError
+from gpuplan.hardware import mig
 from gpuplan.hardware.catalog import Gpu
 from gpuplan.hardware.mig import Profile
 from gpuplan.scenario.demand import ModelSource
@@ -33,14 +34,16 @@ def engine_for(replica: Replica, deployment: Deployment, *, card_present: bool, 
         return _onnx(source, provider=CPU_PROVIDER, threads=_threads_each(deployment))
     if source.emulate and shape:
         return EmulatedEngine(shape, card, part)
-    if card_present:
+    if card_present and part.name == mig.WHOLE:
         return _onnx(source, provider=CUDA_PROVIDER, threads=1, memory_bytes_max=part.memory_bytes)
     if allow_cpu:
         return _onnx(source, provider=CPU_PROVIDER, threads=_threads_each(deployment))
     if source.builtin and shape:
         return _answering(source, shape_card=(card, part))
+    missing = f"there is no {card.name} in this machine"
+    reason = "engines do not run on single MIG slices yet" if card_present else missing
     raise InputError(
-        f"there is no {card.name} in this machine, and an ONNX file cannot be emulated",
+        f"{reason}, and an ONNX file cannot be emulated",
         key=f"models.{replica.model}.onnx",
         allowed="deployment.gpu: cpu, or --allow-cpu",
     )

@@ -38,7 +38,12 @@ def test_a_server_that_stalls_delays_no_request() -> None:
         asked = requests(40, 0.005)
         replay = Replay(asked, [b""] * 40, pool)  # type: ignore[arg-type]
         start_s = time.monotonic() + 0.02
-        await replay.run(start_s=start_s, drain_s=0.01)
+        running = asyncio.create_task(replay.run(start_s=start_s))
+        await asyncio.sleep(start_s + asked[-1].scheduled_s + 0.05 - time.monotonic())
+        assert not running.done(), "answers that are late are waited for: their own timeout bounds them"
+        replay.stop()
+        replay.stop()
+        await asyncio.wait_for(running, 1)
         lags_s = sorted(sent - start_s - r.scheduled_s for r, sent in zip(asked, pool.sent_s, strict=True))
         assert len(lags_s) == 40
         assert lags_s[0] >= 0, "never early"
@@ -52,7 +57,7 @@ def test_stopping_once_drains_and_twice_ends() -> None:
     async def main() -> None:
         pool = StalledPool()
         replay = Replay(requests(1000, 0.01), [b""] * 1000, pool)  # type: ignore[arg-type]
-        running = asyncio.create_task(replay.run(start_s=time.monotonic(), drain_s=30))
+        running = asyncio.create_task(replay.run(start_s=time.monotonic()))
         await asyncio.sleep(0.05)
         replay.stop()
         await asyncio.sleep(0.03)

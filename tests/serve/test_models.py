@@ -107,3 +107,16 @@ def test_cuda_asked_for_and_not_there_does_not_run_on_the_cpu(tmp_path: Path) ->
     wants_cuda = OnnxEngine(file, (), lambda text: [1], provider=CUDA_PROVIDER)
     with pytest.raises(GpuplanError, match="CUDAExecutionProvider"):
         asyncio.run(wants_cuda.load())
+
+
+def test_a_slice_of_a_present_card_is_never_passed_off_as_the_whole(tmp_path: Path) -> None:
+    """CUDA would run on all of it: a built-in is emulated at the slice's speed, an ONNX file is refused."""
+    cut = {"gpu": "a100-80gb", "mig": ["3g.40gb"]}
+    model = model_folder(tmp_path, [[0.0, 0.0]] * len(WORDS))
+    for source in ({"builtin": "sentiment"}, {"onnx": str(model)}):
+        supply = deployment.resolve(build({"name": "m", "models": {"m": source}, "deployment": cut}, Scenario))
+        if "onnx" in source:
+            with pytest.raises(GpuplanError, match="single MIG slices"):
+                engine_for(supply.replicas[0], supply, card_present=True)
+        else:
+            assert engine_for(supply.replicas[0], supply, card_present=True).provenance == "emulated"
