@@ -106,7 +106,9 @@ def sources(meta: RunMeta) -> list[dict[str, Any]]:
 
 def no_gpu(meta: RunMeta) -> bool:
     """Whether it is certain that no figure of the run comes from a GPU."""
-    return bool(meta.provenance) and set(meta.provenance.values()) <= {"cpu", "emulated", "simulated"}
+    read_from_cards = meta.telemetry_source in ("nvml", "prometheus")
+    computed = set(meta.provenance.values()) <= {"cpu", "emulated", "simulated"}
+    return bool(meta.provenance) and computed and not read_from_cards
 
 
 def figure_name(path: str) -> str:

@@ -107,7 +107,9 @@ def test_a_missing_reading_is_missing_and_said_once(
     play(a100() + f"fail {function} {code}\n")
     rows, problems = readings(2)
     assert {getattr(row, column) for row in rows} == {None}
-    assert {row.power_w is None or row.temperature_c is None for row in rows} == {column in ("power_w", "temperature_c")}
+    assert {row.power_w is None or row.temperature_c is None for row in rows} == {
+        column in ("power_w", "temperature_c")
+    }
     assert len(problems) == (0 if said is None else 2 if function == "DeviceGetClockInfo" else 1)
     assert all(p.startswith("gpu0: ") and said is not None and said in p for p in problems)
 

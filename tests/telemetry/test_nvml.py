@@ -57,7 +57,9 @@ def test_an_old_driver_without_names_gets_them_from_slices_and_memory(play: Play
 def test_the_current_layout(play: Play) -> None:
     play(sliced(gpm=False))
     (card,) = nvml.discover()
-    layout = [(i.profile.name if i.profile else None, i.start, i.width, i.gpu_instance_id, i.uuid) for i in card.instances]
+    layout = [
+        (i.profile.name if i.profile else None, i.start, i.width, i.gpu_instance_id, i.uuid) for i in card.instances
+    ]
     assert card.mig_enabled is True
     assert layout == [
         ("1g.10gb", 0, 1, 7, "MIG-1g"),
@@ -116,7 +118,9 @@ def test_what_all_cards_refuse_is_one_sentence(play: Play) -> None:
 
 
 def test_placements_that_one_profile_lacks_hide_no_other(play: Play) -> None:
-    play(a100().replace(A100_PROFILES, A100_PROFILES.replace("7g.80gb", "7g.80gb\nprofile 0xA 99 1 1 14 9728 1 , none")))
+    play(
+        a100().replace(A100_PROFILES, A100_PROFILES.replace("7g.80gb", "7g.80gb\nprofile 0xA 99 1 1 14 9728 1 , none"))
+    )
     assert len(nvml.discover()[0].profiles) >= 7
 
 

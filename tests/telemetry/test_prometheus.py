@@ -244,7 +244,9 @@ def test_a_choice(asked: str) -> None:
 
 @pytest.mark.parametrize("asked", ["", "NVML", "dcgm", "host:9400", "file:///etc/passwd", "http://", "http://h:99999", "http://h:0", "http://a b/", "http://h/\r\nX: y"])  # fmt: skip
 def test_no_choice(asked: str) -> None:
-    with pytest.raises(InputError, match=r"--telemetry: not a source of telemetry .*; allowed: auto, nvml, none, or http"):
+    with pytest.raises(
+        InputError, match=r"--telemetry: not a source of telemetry .*; allowed: auto, nvml, none, or http"
+    ):
         choice.check(asked)
 
 
