@@ -190,7 +190,7 @@ def _describe(device: Device) -> Card:
         memory_bytes = int(memory.total) if memory is not None else 0
         mode = ask("MIG mode", nvml.nvmlDeviceGetMigMode, handle)
         known = catalog.from_nvml_name(product, memory_bytes)
-        kinds = dict(_profiles(device, memory_bytes)) if mode else {}
+        kinds = mig_profiles(device) if mode else {}
         return Card(
             device.index,
             product,
@@ -211,9 +211,18 @@ def _describe(device: Device) -> Card:
 
 
 def mig_profiles(device: Device) -> dict[int, mig.Profile]:
-    """What the card can be cut into, by NVML's profile id; empty without MIG. Raises Lost."""
-    memory = device.ask("memory", device.nvml.nvmlDeviceGetMemoryInfo, device.handle)
-    return dict(_profiles(device, int(memory.total) if memory is not None else 0))
+    """What the card can be cut into, by NVML's profile id: every profile that NVML has a number for and this card
+    supports. Raises Lost."""
+    nvml = device.nvml
+    memory = device.ask("memory", nvml.nvmlDeviceGetMemoryInfo, device.handle)
+    kinds = []
+    for number in range(nvml.NVML_GPU_INSTANCE_PROFILE_COUNT):
+        told = _profile_info(device, number)
+        if told is not None and (places := _placements(device, told.id)):
+            kinds.append((number, told, places))
+    cells = max((start + size for _, _, places in kinds for start, size in places), default=0)
+    card_bytes = int(memory.total) if memory is not None else 0
+    return {told.id: _profile(number, told, places, cells, card_bytes) for number, told, places in kinds}
 
 
 def mig_devices(device: Device) -> dict[int, Any]:
@@ -259,19 +268,6 @@ def instances(device: Device, kinds: dict[int, mig.Profile]) -> tuple[Instance, 
     return tuple(
         sorted(found.values(), key=lambda i: (i.start if i.start is not None else math.inf, i.gpu_instance_id))
     )
-
-
-def _profiles(device: Device, card_bytes: int) -> Iterator[tuple[int, mig.Profile]]:
-    """Every profile that NVML has a number for and this card supports."""
-    nvml = device.nvml
-    kinds = []
-    for number in range(nvml.NVML_GPU_INSTANCE_PROFILE_COUNT):
-        told = _profile_info(device, number)
-        if told is not None and (places := _placements(device, told.id)):
-            kinds.append((number, told, places))
-    cells = max((start + size for _, _, places in kinds for start, size in places), default=0)
-    for number, told, places in kinds:
-        yield told.id, _profile(number, told, places, cells, card_bytes)
 
 
 def _profile_info(device: Device, number: int) -> Any:
