@@ -18,6 +18,8 @@ def bench(
     api: str | None = typer.Option(None, help="openai-completions (default), openai-chat, or classify."),
     timeout: float = typer.Option(120.0, min=0.1, help="Seconds that one request may take."),
     header: list[str] = typer.Option([], "--header", "-H", help="'Name: value' to send with every request."),
+    telemetry: str = typer.Option("auto", help="auto, nvml, none, or the /metrics URL of a DCGM exporter."),
+    sample_hz: float = typer.Option(10.0, help="Telemetry readings per second, 0.1 to 100."),
     allow_cpu: bool = typer.Option(False, "--allow-cpu", help="Run ONNX models on the CPU where the GPU is not here."),
     no_plan: bool = typer.Option(False, "--no-plan", help="Measure and report only."),
     fail_on: str | None = typer.Option(None, help='Exit 1 when met, e.g. "overall.slo_attainment < 0.99".'),
@@ -33,6 +35,7 @@ def bench(
     from gpuplan.record import conditions, store
     from gpuplan.report.live import LiveDisplay
     from gpuplan.scenario import deployment
+    from gpuplan.telemetry import choice, sampler
 
     if fail_on:
         conditions.parse(fail_on)
@@ -42,11 +45,13 @@ def bench(
         if not colon or not name.strip() or any(c in line for c in "\r\n"):
             raise InputError("not a header", key="--header", value=line, allowed="'Name: value'")
         headers[name.strip()] = value.strip()
+    choice.check(telemetry)
+    sampler.check_hz(sample_hz)
     asked = common.load_scenario(scenario, duration=duration, seed=seed)
     schedule, scale = common.build_schedule(asked, rate=rate, speed=speed)
     resolved = deployment.resolve(asked)
     folder = common.run_folder(out, asked.name)
-    options = load.BenchOptions(target, api, timeout, scale, speed, allow_cpu, headers)
+    options = load.BenchOptions(target, api, timeout, scale, speed, allow_cpu, headers, sample_hz, telemetry)
     with LiveDisplay(asked.name, quiet=as_json) as display:
         run = common.run_async(load.bench(asked, resolved, schedule, options, on_tick=display.update))
     store.write(run, folder)

@@ -23,6 +23,8 @@ def serve(
     api_key: str | None = typer.Option(None, envvar="GPUPLAN_API_KEY", help="Bearer token that requests must carry."),
     allow_cpu: bool = typer.Option(False, "--allow-cpu", help="Run ONNX models on the CPU where the GPU is not here."),
     drain_timeout: float = typer.Option(30.0, min=0.0, help="Seconds that running requests get after SIGTERM."),
+    telemetry: str = typer.Option("auto", help="auto, nvml, none, or the /metrics URL of a DCGM exporter."),
+    sample_hz: float = typer.Option(10.0, help="Telemetry readings per second, 0.1 to 100."),
     record: Path | None = typer.Option(
         None, help="Folder for the record of all steps and decisions, written at the end."
     ),
@@ -38,11 +40,15 @@ def serve(
     from gpuplan.scenario.build import build
     from gpuplan.scenario.demand import Scenario
     from gpuplan.serve.service import ServiceOptions
-    from gpuplan.telemetry import nvml
+    from gpuplan.telemetry import choice, nvml, sampler
 
+    choice.check(telemetry)
+    sampler.check_hz(sample_hz)
     scenario = files.load(file, gpu_auto=nvml.auto_gpu) if file else build(DEFAULT, Scenario)
     folder = store.prepare(record) if record else None
-    options = ServiceOptions(host, port, api_key, allow_cpu, folder is not None, drain_s=drain_timeout)
+    options = ServiceOptions(
+        host, port, api_key, allow_cpu, folder is not None, sample_hz, telemetry, drain_s=drain_timeout
+    )
     run_async(_serve(deployment.resolve(scenario), options, folder, as_json))
 
 

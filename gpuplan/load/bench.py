@@ -34,7 +34,8 @@ from gpuplan.scenario import files
 from gpuplan.scenario.demand import Scenario
 from gpuplan.scenario.deployment import Deployment
 from gpuplan.scenario.schedule import Schedule
-from gpuplan.telemetry import nvml
+from gpuplan.telemetry import choice, nvml
+from gpuplan.telemetry.sampler import HZ
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,7 +50,8 @@ LATE_MS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class BenchOptions:
-    """How to send. `target` is `local`, `in-process` or a URL; `timeout_s` bounds each request."""
+    """How to send, and what to sample meanwhile. `target` is `local`, `in-process` or a URL; `timeout_s` bounds each
+    request; `telemetry` is a checked choice."""
 
     target: str = "local"
     api: str | None = None
@@ -58,6 +60,8 @@ class BenchOptions:
     speed: float = 1.0
     allow_cpu: bool = False
     headers: dict[str, str] = field(default_factory=dict)
+    sample_hz: float = HZ
+    telemetry: str = choice.AUTO
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +92,14 @@ async def bench(
         name: protocols.api_for(options.api if supply.role(source) == "decoder" else None, supply.role(source))
         for name, source in scenario.models.items()
     }
-    async with opened(options.target, scenario, deployment, allow_cpu=options.allow_cpu) as target:
+    async with opened(
+        options.target,
+        scenario,
+        deployment,
+        allow_cpu=options.allow_cpu,
+        sample_hz=options.sample_hz,
+        telemetry=options.telemetry,
+    ) as target:
         payloads = [
             protocols.request_bytes(apis[r.model], target.target, r, scenario.seed, options.headers)
             for r in schedule.requests

@@ -27,8 +27,8 @@ from gpuplan.scenario import files
 from gpuplan.scenario.demand import Scenario
 from gpuplan.scenario.deployment import Deployment
 from gpuplan.serve.service import Service, ServiceOptions, serving
-from gpuplan.telemetry.nvml import NvmlCards, discover
-from gpuplan.telemetry.sampler import Sampler
+from gpuplan.telemetry import choice, nvml
+from gpuplan.telemetry.sampler import HZ, Sampler
 
 START_S_MAX = 120.0
 """How long a server process may take to load its models."""
@@ -47,21 +47,34 @@ class OpenTarget(Protocol):
 
 @contextlib.asynccontextmanager
 async def opened(
-    name: str, scenario: Scenario, deployment: Deployment, *, allow_cpu: bool
+    name: str,
+    scenario: Scenario,
+    deployment: Deployment,
+    *,
+    allow_cpu: bool,
+    sample_hz: float = HZ,
+    telemetry: str = choice.AUTO,
 ) -> AsyncIterator[OpenTarget]:
     """The target of that name. Raises InputError for a name that is none, RunError when a server does not start."""
     if name == "in-process":
-        async with serving(deployment, ServiceOptions(record=True, allow_cpu=allow_cpu)) as service:
+        options = ServiceOptions(record=True, allow_cpu=allow_cpu, sample_hz=sample_hz, telemetry=telemetry)
+        async with serving(deployment, options) as service:
             yield _InProcess(service)
     elif name == "local":
         with tempfile.TemporaryDirectory(prefix="gpuplan-") as folder:
-            process = await _Process.start(scenario, Path(folder), allow_cpu=allow_cpu)
+            flags = ["--sample-hz", str(sample_hz), "--telemetry", telemetry]
+            flags += ["--allow-cpu"] if allow_cpu else []
+            process = await _Process.start(scenario, Path(folder), flags)
             try:
                 yield process
             finally:
                 await process.end()
     else:
-        yield _Remote(Target.parse(name), deployment)
+        remote = _Remote(Target.parse(name), deployment, sample_hz, telemetry)
+        try:
+            yield remote
+        finally:
+            remote.end()
 
 
 class _InProcess:
@@ -87,11 +100,10 @@ class _Process:
         self._chatter = asyncio.get_running_loop().create_task(_last_lines(process.stderr))
 
     @classmethod
-    async def start(cls, scenario: Scenario, folder: Path, *, allow_cpu: bool) -> _Process:
+    async def start(cls, scenario: Scenario, folder: Path, flags: list[str]) -> _Process:
         file = folder / "scenario.yaml"  # JSON is YAML
         file.write_bytes(msgspec.json.encode(files.to_builtins(scenario)))
-        arguments = ["serve", str(file), "--port", "0", "--json", "--record", str(folder)]
-        arguments += ["--allow-cpu"] if allow_cpu else []
+        arguments = ["serve", str(file), "--port", "0", "--json", "--record", str(folder), *flags]
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "gpuplan", *arguments,
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
@@ -140,26 +152,34 @@ class _Process:
 
 
 class _Remote:
-    """Somebody's server: it tells nothing of itself. Where it is on this machine, this machine's cards are read."""
+    """Somebody's server: it tells nothing of itself. Where it is on this machine, this machine's cards are read;
+    elsewhere it takes an exporter's URL to have telemetry."""
 
     failure: str | None = None
 
-    def __init__(self, target: Target, deployment: Deployment) -> None:
+    def __init__(self, target: Target, deployment: Deployment, sample_hz: float, telemetry: str) -> None:
         self.target = target
         self._recorder = Recorder(deployment, keep_decisions=False)
-        self._stack = contextlib.ExitStack()
         self._sampler: Sampler | None = None
-        if _is_loopback(target.host) and discover():
-            self._sampler = Sampler(self._stack.enter_context(NvmlCards()), self._recorder)
+        here = telemetry == choice.AUTO and _is_loopback(target.host)
+        cards, self._problems = nvml.survey() if here else ([], [])
+        source = choice.source(telemetry, cards_here=bool(cards))
+        if source is not None:
+            self._sampler = Sampler(source, self._recorder, hz=sample_hz)
             self._sampler.start()
 
     async def close(self, start_s: float) -> tuple[ServerRows | None, dict[str, Any]]:
-        source = "none"
+        self.end()
+        sampler = self._sampler
+        about = {
+            "telemetry_source": sampler.origin if sampler else "none",
+            "notes": list(dict.fromkeys([*self._problems, *(sampler.problems if sampler else ())])),
+        }
+        return self._recorder.server_rows(start_s=start_s), about
+
+    def end(self) -> None:
         if self._sampler:
             self._sampler.stop()
-            source = "nvml"
-        self._stack.close()
-        return self._recorder.server_rows(start_s=start_s), {"telemetry_source": source}
 
 
 def _is_loopback(host: str) -> bool:

@@ -91,11 +91,19 @@ class Sample(NamedTuple):
     source: str
     gpu: str
     slice: str | None
-    gpu_utilization: float | None
-    memory_used_bytes: float | None
-    memory_total_bytes: float | None
-    power_w: float | None
-    energy_j: float | None
+    gpu_utilization: float | None = None
+    memory_used_bytes: float | None = None
+    memory_total_bytes: float | None = None
+    power_w: float | None = None
+    energy_j: float | None = None
+    memory_utilization: float | None = None
+    sm_clock_mhz: float | None = None
+    memory_clock_mhz: float | None = None
+    temperature_c: float | None = None
+    throttle_reasons: str | None = None
+    pcie_rx_bytes_per_s: float | None = None
+    pcie_tx_bytes_per_s: float | None = None
+    processes: int | None = None
 
 
 class ServerRows(NamedTuple):
@@ -252,9 +260,9 @@ def frame(rows: Sequence[tuple[Any, ...]], columns: dict[str, str], start_s: flo
 
 
 def shifted(table: pd.DataFrame, start_s: float) -> pd.DataFrame:
-    """The table with every column of seconds (`*_s`) counted from `start_s`."""
+    """The table with every column of seconds (`*_s`, but for rates, `*_per_s`) counted from `start_s`."""
     if start_s:
         for name in table.columns:
-            if name.endswith("_s"):
+            if name.endswith("_s") and not name.endswith("_per_s"):
                 table[name] = table[name] - start_s
     return table

@@ -5,6 +5,8 @@ queue). A new fact is a column here and a line in the recorder.
 
 History of the schema:
 1  first form
+2  telemetry has memory utilisation, clocks, temperature, throttle reasons, PCIe and processes, and may come from an
+   exporter (`prometheus`)
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ import msgspec
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Source = Literal["bench", "simulate"]
+TelemetrySource = Literal["nvml", "emulated", "prometheus", "none"]
 Provenance = Literal["hardware", "cpu", "emulated", "simulated", "remote"]
 """Where a model's times come from: a real GPU, the host's CPU, an emulated GPU, a simulation, or a server that does
 not say."""
@@ -69,7 +72,7 @@ BATCH_COLUMNS: dict[str, str] = {
 
 TELEMETRY_COLUMNS: dict[str, str] = {
     "time_s": "float64",
-    "source": "string",  # nvml | emulated
+    "source": "string",  # nvml | emulated | prometheus
     "gpu": "string",
     "slice": "string",  # null: the whole card
     "gpu_utilization": "float64",  # 0 to 1
@@ -77,8 +80,15 @@ TELEMETRY_COLUMNS: dict[str, str] = {
     "memory_total_bytes": "float64",
     "power_w": "float64",
     "energy_j": "float64",  # since the first sample
+    "memory_utilization": "float64",  # 0 to 1
+    "sm_clock_mhz": "float64",
+    "memory_clock_mhz": "float64",
+    "temperature_c": "float64",
+    "throttle_reasons": "string",  # joined by |, empty when there is none
+    "pcie_rx_bytes_per_s": "float64",  # into the card
+    "pcie_tx_bytes_per_s": "float64",
+    "processes": "int64",  # that compute on it
 }
-
 
 SERVED_COLUMNS = {"client_id": "string", **{name: REQUEST_COLUMNS[name] for name in SERVER_VIEW}}
 """What a server keeps of each request until its client's row joins it, by the id that the client sent."""
@@ -101,7 +111,7 @@ class RunMeta(msgspec.Struct, frozen=True, kw_only=True):
     target: str
     provenance: dict[str, Provenance]
     engines: dict[str, str] = {}
-    telemetry_source: Literal["nvml", "emulated", "none"] = "none"
+    telemetry_source: TelemetrySource = "none"
     machine: dict[str, Any] = {}
     interrupted: bool = False
     failure: str | None = None

@@ -9,6 +9,7 @@ warm-up are left out, and so are those still open when a run was interrupted.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +28,9 @@ Summary = dict[str, Any]
 
 STATISTICS = ("mean", "p50", "p90", "p95", "p99", "p999", "max")
 LATENCIES = ("ttft_ms", "tpot_ms", "itl_ms", "e2el_ms")
+
+NOT_THROTTLED = ("gpu_idle", "applications_clocks_setting", "display_clock_setting")
+"""Reasons for a clock below its maximum that hold nobody back: nothing to do, or as somebody has set it."""
 
 
 def summarize(run: Run, *, since_s: float | None = None) -> Summary:
@@ -239,14 +243,32 @@ def _model_figures(run: Run, scenario: Scenario, model: str, first_s: float) -> 
 def _telemetry_figures(run: Run, first_s: float) -> dict[str, Any]:
     figures: dict[str, Any] = {"source": run.meta.telemetry_source}
     rows = run.telemetry[run.telemetry["slice"].isna() & (run.telemetry["time_s"] >= first_s)]
-    for column in ("gpu_utilization", "memory_used_bytes", "power_w"):
+    for column in ("gpu_utilization", "memory_utilization", "memory_used_bytes", "power_w", "temperature_c"):
         values = _column(rows[rows[column].notna()], column)
         figures[column] = {"mean": float(values.mean()), "max": float(values.max())} if len(values) else None
+    clocks = _column(rows[rows["sm_clock_mhz"].notna()], "sm_clock_mhz")
+    figures["sm_clock_mhz"] = (
+        {"mean": float(clocks.mean()), "min": float(clocks.min()), "max": float(clocks.max())} if len(clocks) else None
+    )
+    figures["throttled"] = _throttled(rows)
     spent = [
         float(r["energy_j"].max() - r["energy_j"].min()) for _, r in rows.groupby("gpu") if r["energy_j"].notna().any()
     ]
     figures["energy_j"] = sum(spent) if spent else None
     return figures
+
+
+def _throttled(rows: pd.DataFrame) -> dict[str, Any] | None:
+    """The share of readings in which a card was held back, and by what; None where none could be read."""
+    told = rows["throttle_reasons"][rows["throttle_reasons"].notna()]
+    if not len(told):
+        return None
+    held = [set(reasons.split("|")) - {"", *NOT_THROTTLED} for reasons in told]
+    counts = Counter(reason for reasons in held for reason in reasons)
+    return {
+        "share": sum(map(bool, held)) / len(told),
+        "reasons": {reason: count / len(told) for reason, count in counts.most_common()},
+    }
 
 
 def _waits_ms(completed: pd.DataFrame) -> Floats:

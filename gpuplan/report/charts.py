@@ -114,11 +114,13 @@ def over_time(run: Run, figures: Summary) -> list[Chart]:
 
 
 def of_telemetry(run: Run) -> list[Chart]:
-    """Utilisation, memory and power of each card over time; nothing where nothing was read."""
+    """Utilisation, memory, power and clock of each card over time; nothing where nothing was read."""
     wanted: tuple[tuple[str, str, float, Callable[[float], str] | None], ...] = (
         ("gpu_utilization", "GPU utilisation", 1.0, _percent),
+        ("memory_utilization", "GPU memory utilisation", 1.0, _percent),
         ("memory_used_bytes", "GPU memory used, GiB", 1 / 2**30, None),
         ("power_w", "GPU power, W", 1.0, None),
+        ("sm_clock_mhz", "SM clock, MHz", 1.0, None),
     )
     charts = []
     for column, title, factor, label in wanted:

@@ -38,6 +38,7 @@ PROVENANCE = {
 TELEMETRY = {
     "nvml": "GPU telemetry was read from the card (NVML).",
     "emulated": "GPU telemetry is emulated: computed from the steps that ran, not read from a card.",
+    "prometheus": "GPU telemetry was read from an exporter's metrics, as old as the exporter's own readings are.",
     "none": "There is no GPU telemetry.",
 }
 
@@ -105,7 +106,9 @@ def sources(meta: RunMeta) -> list[dict[str, Any]]:
 
 def no_gpu(meta: RunMeta) -> bool:
     """Whether it is certain that no figure of the run comes from a GPU."""
-    return bool(meta.provenance) and set(meta.provenance.values()) <= {"cpu", "emulated", "simulated"}
+    read_from_cards = meta.telemetry_source in ("nvml", "prometheus")
+    computed = set(meta.provenance.values()) <= {"cpu", "emulated", "simulated"}
+    return bool(meta.provenance) and computed and not read_from_cards
 
 
 def figure_name(path: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -10,14 +11,19 @@ from prometheus_client.registry import Collector
 
 from gpuplan.policy.core import ServingCore
 from gpuplan.policy.vocabulary import Action, Arrive, Cancel, Complete, Event, Fail, Reject, RunStep, StepDone
+from gpuplan.record.recorder import Sample
 from gpuplan.scenario.deployment import Deployment
+from gpuplan.telemetry.prometheus import OWN
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+STALE_S = 5.0
+"""A reading of a card that is older is not shown: the card may be gone."""
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class Metrics:
-    """Counts a core's decisions (give it every one) and reads the core's queues when scraped."""
+    """Counts a core's decisions (give it every one), keeps the last readings of the cards, and reads the core's queues
+    when scraped."""
 
     def __init__(self, deployment: Deployment) -> None:
         self._model_of = {r.id: r.model for r in deployment.replicas}
@@ -37,11 +43,17 @@ class Metrics:
         self._batch_size = histogram("batch_size", "Sequences in a step.", tuple(map(float, _SIZES)))
         self._step = histogram("step_seconds", "Duration of a step.", _SECONDS)
         self._first_token = histogram("time_to_first_token_seconds", "From arrival to the first token.", _SECONDS)
+        self._cards = _Cards()
+        self.registry.register(self._cards)
         self._latency = histogram("e2e_request_latency_seconds", "From arrival to the end.", _SECONDS)
 
     def watch(self, core: ServingCore, deployment: Deployment) -> None:
         """Exposes the core's queues as gauges."""
         self.registry.register(_Queues(core, deployment))
+
+    def sampled(self, samples: Iterable[Sample]) -> None:
+        """Telemetry was read, in whatever thread."""
+        self._cards.sampled(samples)
 
     def text(self) -> bytes:
         """The exposition of everything."""
@@ -86,6 +98,29 @@ class Metrics:
             self._requests.labels(model, outcome).inc()
             if outcome == "completed":
                 self._latency.labels(model).observe(now_s - arrived_s)
+
+
+class _Cards(Collector):
+    """The last reading of each kind, of each card and slice, as gauges: what there is none of is left out."""
+
+    def __init__(self) -> None:
+        self._last: dict[tuple[str, str, str, str], tuple[float, float]] = {}  # metric, gpu, slice, source: time, value
+
+    def sampled(self, samples: Iterable[Sample]) -> None:
+        for sample in samples:
+            for metric, column in OWN.items():
+                value = getattr(sample, column)
+                if value is not None:
+                    self._last[metric, sample.gpu, sample.slice or "", sample.source] = (sample.time_s, value)
+
+    def collect(self) -> Iterable[Metric]:
+        gauges = {metric: GaugeMetricFamily(metric, f"Telemetry: {column}.", labels=["gpu", "slice", "source"])
+                  for metric, column in OWN.items()}  # fmt: skip
+        since_s = time.monotonic() - STALE_S
+        for (metric, *labels), (time_s, value) in list(self._last.items()):
+            if time_s >= since_s:
+                gauges[metric].add_metric(labels, value)
+        return [gauge for gauge in gauges.values() if gauge.samples]
 
 
 class _Queues(Collector):

@@ -13,22 +13,22 @@ import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import uvicorn
 
 from gpuplan.errors import InputError
 from gpuplan.record.recorder import Recorder
-from gpuplan.record.run import Provenance
+from gpuplan.record.run import Provenance, TelemetrySource
 from gpuplan.scenario.deployment import Deployment
 from gpuplan.serve import models
 from gpuplan.serve.engines import Engine
 from gpuplan.serve.http.app import make_app
 from gpuplan.serve.metrics import Metrics
 from gpuplan.serve.server import Observer, Server
+from gpuplan.telemetry import choice, nvml
 from gpuplan.telemetry.emulated import EmulatedCards
-from gpuplan.telemetry.nvml import NvmlCards, discover
-from gpuplan.telemetry.sampler import Sampler
+from gpuplan.telemetry.sampler import HZ, Sampler
 
 DRAIN_S = 30.0
 SHUTDOWN_S = 1
@@ -37,14 +37,16 @@ SHUTDOWN_S = 1
 
 @dataclass(frozen=True, slots=True)
 class ServiceOptions:
-    """How to serve. `record` keeps every decision and sample in memory for the run folder."""
+    """How to serve. `record` keeps every decision and sample in memory for the run folder; `telemetry` is a checked
+    choice of where samples come from."""
 
     host: str = "127.0.0.1"
     port: int = 0
     api_key: str | None = None
     allow_cpu: bool = False
     record: bool = False
-    sample_hz: float = 10.0
+    sample_hz: float = HZ
+    telemetry: str = choice.AUTO
     drain_s: float = DRAIN_S
 
 
@@ -55,10 +57,14 @@ class Service:
     url: str
     server: Server
     recorder: Recorder | None
-    telemetry_source: Literal["nvml", "emulated", "none"]
+    sampler: Sampler | None
     engines: dict[str, Engine]
     listener: _Listener
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def telemetry_source(self) -> TelemetrySource:
+        return self.sampler.origin if self.sampler else "none"
 
     async def stopped(self) -> None:
         """Returns when a signal or a fault has ended the listener."""
@@ -71,7 +77,10 @@ class Service:
             "engines": {name: engine.description for name, engine in by_model.items()},
             "provenance": provenance,
             "telemetry_source": self.telemetry_source,
-            "notes": [*self.notes, *(f"{r}: {note}" for r, engine in self.engines.items() for note in engine.notes())],
+            "notes": [
+                *dict.fromkeys([*self.notes, *(self.sampler.problems if self.sampler else ())]),
+                *(f"{r}: {note}" for r, engine in self.engines.items() for note in engine.notes()),
+            ],
         }
 
 
@@ -81,7 +90,8 @@ async def serving(deployment: Deployment, options: ServiceOptions, *, signals: b
 
     Raises InputError for an address that cannot be used, and whatever an engine's `load` raises.
     """
-    card_present = any(card.known_as == deployment.gpu_name for card in discover())
+    cards, problems = nvml.survey()
+    card_present = any(card.known_as == deployment.gpu_name for card in cards)
     engines = {
         r.id: models.engine_for(r, deployment, card_present=card_present, allow_cpu=options.allow_cpu)
         for r in deployment.replicas
@@ -96,9 +106,10 @@ async def serving(deployment: Deployment, options: ServiceOptions, *, signals: b
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(listening.close)
         stack.push_async_callback(server.close)
-        source = emulated or (stack.enter_context(NvmlCards()) if card_present else None)
+        source = choice.source(options.telemetry, emulated=emulated, cards_here=card_present)
         await server.start()
-        sampler = Sampler(source, recorder, hz=options.sample_hz) if source and recorder else None
+        sinks = (metrics, recorder) if recorder else (metrics,)
+        sampler = Sampler(source, *sinks, hz=options.sample_hz) if source else None
         if sampler:
             sampler.start()
             stack.callback(sampler.stop)
@@ -109,13 +120,12 @@ async def serving(deployment: Deployment, options: ServiceOptions, *, signals: b
             f"http://{f'[{host}]' if ':' in host else host}:{port}",
             server,
             recorder,
-            "emulated" if emulated else "nvml" if source else "none",
+            sampler,
             engines,
             listener,
+            problems if options.telemetry in (choice.AUTO, "nvml") else [],
         )
         yield service
-        if sampler and sampler.problem:
-            service.notes.append(sampler.problem)
 
 
 class _Listener(uvicorn.Server):

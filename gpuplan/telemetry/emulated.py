@@ -2,7 +2,8 @@
 
 Follows a core's decisions (as the recorder does) and gives `Sample`s marked `emulated`. Utilisation is the share of
 SM-seconds in which a step ran; memory is weights, runtime and KV cache in use; power rises in a straight line with
-utilisation from idle to the card's limit, which is an assumption: real cards draw less on memory-bound work.
+utilisation from idle to the card's limit, which is an assumption: real cards draw less on memory-bound work. What
+nothing computes (memory utilisation, clocks, temperature, PCIe) is missing.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from gpuplan.hardware import mig, roofline
 from gpuplan.policy.vocabulary import Action, Event, ReplicaDown, RunStep, StepDone, StepFailed
 from gpuplan.record.recorder import Sample
 from gpuplan.scenario.deployment import Deployment, Replica, shape_of
+from gpuplan.telemetry.source import Source
 
 
-class EmulatedCards:
+class EmulatedCards(Source):
     """All cards of a deployment. Give it every decision, then `read(now_s)` at any rate."""
 
     def __init__(self, deployment: Deployment) -> None:

@@ -85,6 +85,13 @@ BAD_ARGUMENTS = [
     (("bench", "{short}", "--rate", "0"), 2, "--rate: must be above zero"),
     (("bench", "{short}", "--fail-on", "overall.goodput"), 2, "--fail-on: not a condition"),
     (("bench", "{short}", "--header", "nonsense"), 2, "--header: not a header"),
+    (
+        ("bench", "{short}", "--sample-hz", "1000"),
+        2,
+        "--sample-hz: not a sampling rate (got 1000.0); allowed: 0.1 to 100",
+    ),
+    (("bench", "{short}", "--telemetry", "dcgm"), 2, "--telemetry: not a source of telemetry (got 'dcgm')"),
+    (("serve", "{short}", "--sample-hz", "0"), 2, "--sample-hz: not a sampling rate (got 0.0)"),
     (("bench", "nowhere.yaml"), 2, "nowhere.yaml: cannot read"),
     (("plan", "/"), 2, "not a run folder"),
     (("report", "/nowhere"), 2, "not a run folder"),

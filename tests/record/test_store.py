@@ -10,7 +10,7 @@ import pytest
 
 from gpuplan.errors import InputError
 from gpuplan.record import store
-from gpuplan.record.run import REQUEST_COLUMNS, Run
+from gpuplan.record.run import REQUEST_COLUMNS, SCHEMA_VERSION, TELEMETRY_COLUMNS, Run
 from gpuplan.record.summary import summarize
 from gpuplan.scenario import deployment, files
 from gpuplan.scenario.demand import Scenario
@@ -54,7 +54,8 @@ def changed(folder: Path, **fields: Any) -> None:
 def test_a_newer_schema_is_refused(run: Run, tmp_path: Path) -> None:
     store.write(run, tmp_path)
     changed(tmp_path, schema_version=99)
-    with pytest.raises(InputError, match=r"schema_version: written by a newer gpuplan \(got 99\); allowed: up to 1"):
+    refused = rf"schema_version: written by a newer gpuplan \(got 99\); allowed: up to {SCHEMA_VERSION}"
+    with pytest.raises(InputError, match=refused):
         store.read(tmp_path)
 
 
@@ -65,6 +66,18 @@ def test_an_older_table_gets_nulls_for_newer_columns(run: Run, tmp_path: Path) -
     requests = store.read(tmp_path).requests
     assert list(requests.columns) == list(REQUEST_COLUMNS)
     assert requests["merged_tokens"].isna().all()
+
+
+def test_a_folder_of_schema_1_opens_and_sums_up_as_before(run: Run, tmp_path: Path) -> None:
+    """Telemetry had nine columns then."""
+    store.write(run, tmp_path)
+    changed(tmp_path, schema_version=1)
+    first_nine = dict(list(TELEMETRY_COLUMNS.items())[:9])
+    store.write_table(run.telemetry, first_nine, tmp_path / "telemetry.parquet")
+    figures = summarize(store.read(tmp_path))["telemetry"]
+    assert figures == summarize(run)["telemetry"]
+    assert figures["power_w"] and figures["energy_j"]
+    assert (figures["temperature_c"], figures["throttled"], figures["sm_clock_mhz"]) == (None, None, None)
 
 
 @pytest.mark.parametrize(

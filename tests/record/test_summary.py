@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gpuplan.record import summary
-from gpuplan.record.recorder import Answer, ServerRows, assemble, frame
+from gpuplan.record.recorder import Answer, Sample, ServerRows, assemble, frame
 from gpuplan.record.run import BATCH_COLUMNS, SERVED_COLUMNS, TELEMETRY_COLUMNS, Run, RunMeta
 from gpuplan.record.summary import summarize, worst_margin
 from gpuplan.scenario import deployment as supply
@@ -251,9 +251,9 @@ def test_a_server_that_tells_nothing_has_no_queue() -> None:
 
 def test_steps_and_telemetry() -> None:
     steps = [(i, "chat", "chat-0", "gpu0/whole@0", i, i + 0.5, 2 * i, 10, 0, 0, 0, 1, 0, False) for i in range(1, 9)]
-    readings = [(float(t), "emulated", "gpu0", None, 0.5, 1e9 * t, 8e10, 100.0 + t, 100.0 * t) for t in range(11)] + [
-        (5.0, "emulated", "gpu0", "gpu0/whole@0", 0.9, 1.0, 1.0, None, None)
-    ]  # a slice is not a card
+    readings = [
+        Sample(float(t), "emulated", "gpu0", None, 0.5, 1e9 * t, 8e10, 100.0 + t, 100.0 * t) for t in range(11)
+    ] + [Sample(5.0, "emulated", "gpu0", "gpu0/whole@0", 0.9, 1.0, 1.0)]  # a slice is not a card
     run = run_of([], scenario(LENIENT, warmup=2.0), server=server_rows([], steps, readings))
     figures = summarize(run)
     model = figures["models"]["chat"]
@@ -263,6 +263,25 @@ def test_steps_and_telemetry() -> None:
     assert figures["telemetry"]["gpu_utilization"] == {"mean": 0.5, "max": 0.5}
     assert figures["telemetry"]["energy_j"] == pytest.approx(800), "from 2 s to 10 s"
     assert figures["telemetry"]["power_w"]["max"] == pytest.approx(110)
+
+
+def test_clocks_heat_and_what_held_the_cards_back() -> None:
+    """Of four readings that told their reasons two were throttled, one of them twice over; idling holds nobody back."""
+    told = ["gpu_idle", "sw_power_cap", "sw_power_cap|hw_thermal_slowdown", "", None]
+    readings = [
+        Sample(5.0 + i, "nvml", "gpu0", None, sm_clock_mhz=1000.0 + i, temperature_c=60.0 + i, throttle_reasons=reasons)
+        for i, reasons in enumerate(told)
+    ]
+    figures = summarize(run_of([], scenario(LENIENT), server=server_rows([], [], readings)))["telemetry"]
+    assert figures["throttled"] == {"share": 0.5, "reasons": {"sw_power_cap": 0.5, "hw_thermal_slowdown": 0.25}}
+    assert figures["sm_clock_mhz"] == {"mean": 1002.0, "min": 1000.0, "max": 1004.0}
+    assert figures["temperature_c"] == {"mean": 62.0, "max": 64.0}
+    assert (figures["gpu_utilization"], figures["memory_utilization"]) == (None, None)
+
+
+def test_rates_are_no_times_of_the_run() -> None:
+    rows = frame([Sample(105.0, "nvml", "gpu0", None, pcie_rx_bytes_per_s=7.0)], TELEMETRY_COLUMNS, 100.0)
+    assert (rows["time_s"].tolist(), rows["pcie_rx_bytes_per_s"].tolist()) == ([5.0], [7.0])
 
 
 def test_a_replica_that_never_ran_was_there_all_the_same() -> None:

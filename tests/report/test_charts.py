@@ -62,6 +62,12 @@ def test_what_has_no_data_is_not_drawn(
     assert len(charts.of_latency(run, figures)) == latency
 
 
+def test_a_card_s_clock_and_memory_are_drawn_where_they_were_read(quickstart: Run) -> None:
+    rows = quickstart.telemetry.assign(sm_clock_mhz=1410.0, memory_utilization=0.25)
+    titles = [chart.title for chart in charts.of_telemetry(replace(quickstart, telemetry=rows))]
+    assert "SM clock, MHz (emulated)" in titles and "GPU memory utilisation (emulated)" in titles
+
+
 def test_ink_and_series_follow_the_page(quickstart: Run) -> None:
     for chart in drawn(quickstart):
         tags = " ".join(re.findall(r"<[^>]+>", chart.svg))

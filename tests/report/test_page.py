@@ -6,6 +6,7 @@ import base64
 import html
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,19 @@ def test_every_run_gives_a_whole_page(odd_run: Run, planned: bool, make_plan: Pl
     assert "script" not in outline.tags
     assert all(u.startswith(("#", "data:")) for u in outline.urls)
     assert len(text) < 1_500_000
+
+
+def test_a_page_says_what_held_the_cards_back(quickstart: Run) -> None:
+    meta = msgspec.structs.replace(quickstart.meta, telemetry_source="prometheus")
+    rows = quickstart.telemetry.assign(throttle_reasons="sw_power_cap", temperature_c=81.0, sm_clock_mhz=1100.0)
+    run = replace(quickstart, meta=meta, telemetry=rows)
+    text = Outline(page.render(run, summarize(run), None)).text
+    assert "Throttled in 100 % of the readings : sw power cap 100 %." in text
+    assert "Temperature up to 81.0 °C. SM clock 1,100 MHz on average, 1,100 at least." in " ".join(text.split())
+    assert "read from an exporter" in text
+    assert "No figure on this page was measured on a GPU" not in text, "these figures were"
+    idle = replace(run, telemetry=rows.assign(throttle_reasons="gpu_idle"))
+    assert "Never throttled." in Outline(page.render(idle, summarize(idle), None)).text
 
 
 def test_a_page_says_where_its_numbers_come_from(quickstart: Run, make_run: Callable[[str], Run]) -> None:
