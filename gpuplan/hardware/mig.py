@@ -1,11 +1,17 @@
-"""How a card can be cut: MIG profiles, where each may start, and every layout that can exist.
+"""How a card can be cut: which profiles fit beside each other, where each stands, and every layout that can exist.
 
-A card's memory is a row of cells (8 on cards with 7 compute slices, 4 on an A30). An instance of a profile covers
-`width` consecutive cells from one of its `starts`; instances never overlap, and at most `count_max` of a profile
-exist. That is the whole rule: compute slices need no second check, because the starts already encode it.
+Takes a card, whose `profiles` are data (`profiles.py`, or what NVML said of a real one). An instance covers `width`
+consecutive memory cells from one of its profile's `starts`; instances never overlap, at most `count_max` of a profile
+exist, and they share the card's media engines. Compute slices need no check of their own: the starts encode it.
 
-Figures: NVIDIA's MIG user guide and `nvidia-smi mig -lgip/-lgipp` output of real cards (driver 535 and later);
-memory varies by 1 to 3 % with driver and ECC. Profile names carry the card's memory, so they are per card.
+`+me`, `-me` and `+gfx` variants have the SMs, memory and place of the plain profile. They can be placed like any other,
+but `valid_layouts` leaves them out: they change nothing that a model is served with.
+
+Which free place the driver takes for a profile that is given without one is not documented, and the order of a list
+decides whether it fits: the MIG guide has `-cgi 19,19,14,9` fail on an A100 and `-cgi 9,19,14,19` succeed ("3g must be
+specified first"), and mig-parted tries one order after another. All listings in the guide agree with fixed preferences:
+3g 4, 0; 2g 4, 0, 2; 1g 6, 4, 5, 0, 1, 2, 3. `place` names every start (nvidia-smi takes `profile:start`), and gives
+them widest first, an order that also succeeds with those preferences and wherever the last free start is taken.
 """
 
 from __future__ import annotations
@@ -16,25 +22,18 @@ from dataclasses import dataclass
 from functools import cache
 
 from gpuplan.errors import InputError, unknown_name
-from gpuplan.hardware.catalog import GIB, Gpu
+from gpuplan.hardware.catalog import Gpu
+from gpuplan.hardware.profiles import GIB, MEDIA_ENGINES, Engines, parsed
+from gpuplan.hardware.profiles import Profile as Profile
 
 WHOLE = "whole"
 """The name of the one slice of a card that is not cut."""
 
+NAME_TOLERANCE = 0.15
+"""Drivers name one profile 3g.39gb and 3g.40gb, 1g.23gb and 1g.24gb; the next one up has half as much again."""
 
-@dataclass(frozen=True, slots=True)
-class Profile:
-    """A kind of slice. `slices` are compute slices, `width` and `starts` memory cells."""
-
-    name: str
-    slices: int
-    width: int
-    starts: tuple[int, ...]
-    count_max: int
-    memory_bytes: int
-    sm_count: int
-    cells: int
-    """Memory cells of the whole card: `width / cells` is the slice's share of bandwidth."""
+MEMORY_TOLERANCE = 0.03
+"""By how much a profile's memory varies with driver and ECC."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,57 +44,14 @@ class Placement:
     start: int
 
 
-def _seven_slice(names: Sequence[str], memory_gib: Sequence[float], sms: Sequence[int]) -> tuple[Profile, ...]:
-    """The plain profiles 1g 2g 3g 4g 7g, then the double-memory 1g, of a card with 7 compute slices and 8 cells."""
-    shapes = (
-        (1, 1, tuple(range(7)), 7),
-        (2, 2, (0, 2, 4), 3),
-        (3, 4, (0, 4), 2),
-        (4, 4, (0,), 1),
-        (7, 8, (0,), 1),
-        (1, 2, (0, 2, 4, 6), 4),
-    )
-    return tuple(
-        Profile(name, slices, width, starts, count_max, int(gib * GIB), sm, 8)
-        for (slices, width, starts, count_max), name, gib, sm in zip(shapes, names, memory_gib, sms, strict=True)
-    )
-
-
-_A100_SMS = (14, 28, 42, 56, 98, 14)
-_H100_SMS = (16, 32, 60, 64, 132, 26)
-
-PROFILES: dict[str, tuple[Profile, ...]] = {
-    "a30": (
-        Profile("1g.6gb", 1, 1, (0, 1, 2, 3), 4, int(5.81 * GIB), 14, 4),
-        Profile("2g.12gb", 2, 2, (0, 2), 2, int(11.69 * GIB), 28, 4),
-        Profile("4g.24gb", 4, 4, (0,), 1, int(23.44 * GIB), 56, 4),
-    ),
-    "a100-40gb": _seven_slice(
-        ("1g.5gb", "2g.10gb", "3g.20gb", "4g.20gb", "7g.40gb", "1g.10gb"),
-        (4.75, 9.62, 19.5, 19.5, 39.25, 9.62),
-        _A100_SMS,
-    ),
-    "a100-80gb": _seven_slice(
-        ("1g.10gb", "2g.20gb", "3g.40gb", "4g.40gb", "7g.80gb", "1g.20gb"),
-        (9.5, 19.5, 39.25, 39.25, 78.75, 19.5),
-        _A100_SMS,
-    ),
-    "h100-80gb": _seven_slice(
-        ("1g.10gb", "2g.20gb", "3g.40gb", "4g.40gb", "7g.80gb", "1g.20gb"),
-        (9.75, 19.62, 39.5, 39.5, 79.25, 19.62),
-        _H100_SMS,
-    ),
-    "h200-141gb": _seven_slice(
-        ("1g.18gb", "2g.35gb", "3g.71gb", "4g.71gb", "7g.141gb", "1g.35gb"),
-        (16.0, 32.25, 69.5, 69.5, 140.0, 32.25),
-        _H100_SMS,
-    ),
-}
-
-
 def profiles(card: Gpu) -> tuple[Profile, ...]:
-    """The MIG profiles of a card; empty when it cannot be cut."""
-    return PROFILES.get(card.name, ())
+    """The MIG profiles of a card, media and graphics variants included; empty when it cannot be cut."""
+    return card.profiles
+
+
+def plain_profiles(card: Gpu) -> tuple[Profile, ...]:
+    """The profiles without a suffix, the 1g with double memory among them."""
+    return tuple(p for p in card.profiles if not p.suffix)
 
 
 def whole(card: Gpu) -> Profile:
@@ -104,13 +60,16 @@ def whole(card: Gpu) -> Profile:
 
 
 def profile(card: Gpu, name: str, *, key: str = "deployment.mig") -> Profile:
-    """The profile of that name. Raises InputError with the names this card has."""
-    for candidate in profiles(card):
-        if candidate.name == name:
-            return candidate
-    if not profiles(card):
+    """The profile of that name, or the one of as many slices and nearly its memory: names change with the driver.
+
+    Raises InputError with the names this card has.
+    """
+    if not card.profiles:
         raise InputError(f"{card.name} has no MIG: leave the layout out", key=key, value=name)
-    raise unknown_name(f"MIG profile of {card.name}", name, [p.name for p in profiles(card)], key=key)
+    found = _named(card.profiles, name)
+    if found is None:
+        raise unknown_name(f"MIG profile of {card.name}", name, [p.name for p in card.profiles], key=key)
+    return found
 
 
 def place(card: Gpu, names: Sequence[str], *, key: str = "deployment.mig") -> tuple[Placement, ...]:
@@ -119,11 +78,11 @@ def place(card: Gpu, names: Sequence[str], *, key: str = "deployment.mig") -> tu
     Raises InputError naming the first profile of `names` that does not fit beside those before it.
     """
     wanted = [profile(card, name, key=f"{key}[{i}]") for i, name in enumerate(names)]
-    found = _first_fit(tuple(wanted))
+    found = _fit(card, tuple(wanted))
     if found is not None:
         return found
     for i in range(1, len(wanted) + 1):
-        if _first_fit(tuple(wanted[:i])) is None:
+        if _fit(card, tuple(wanted[:i])) is None:
             beside = ", ".join(names[: i - 1]) or "nothing"
             raise InputError(
                 f"this layout cannot exist on {card.name}: {names[i - 1]} does not fit beside {beside}",
@@ -136,8 +95,8 @@ def place(card: Gpu, names: Sequence[str], *, key: str = "deployment.mig") -> tu
 
 @cache
 def valid_layouts(card: Gpu) -> tuple[tuple[str, ...], ...]:
-    """Every non-empty layout a card can have, as sorted profile names (a multiset), largest first."""
-    found = {tuple(p.profile for p in placements) for placements in placements_all(profiles(card)) if placements}
+    """Every non-empty layout of plain profiles a card can have, as sorted names (a multiset), largest first."""
+    found = {tuple(p.profile for p in placements) for placements in placements_all(plain_profiles(card)) if placements}
     unique = {tuple(sorted(names, key=_size, reverse=True)) for names in found}
     return tuple(
         tuple(p.name for p in layout)
@@ -145,6 +104,7 @@ def valid_layouts(card: Gpu) -> tuple[tuple[str, ...], ...]:
     )
 
 
+@cache
 def maximal_layouts(card: Gpu) -> tuple[tuple[str, ...], ...]:
     """The valid layouts to which no slice can be added: every other one is contained in one of these."""
     layouts = [Counter(layout) for layout in valid_layouts(card)]
@@ -169,13 +129,64 @@ def placements_all(kinds: Iterable[Profile]) -> Iterator[tuple[Placement, ...]]:
     return extend((), 0)
 
 
-@cache
-def _first_fit(wanted: tuple[Profile, ...]) -> tuple[Placement, ...] | None:
-    """A placement found by trying the widest first, each from its last start down to its first.
+def differences(table: tuple[Profile, ...], seen: tuple[Profile, ...]) -> list[str]:
+    """What a real card says otherwise than the table, a sentence each; empty when they agree.
 
-    The driver fills from the high cells too; leaving low cells free keeps room for 4g, which starts only at 0.
+    Memory within 3 % is agreement. What the table only assumed is said to have been assumed.
     """
-    if any(count > kind.count_max for kind, count in Counter(wanted).items()):
+    found: list[str] = []
+    missing = {p.name for p in seen}
+    for row in table:
+        real = _named(seen, row.name)
+        if real is None:
+            found.append(f"the card does not report {row.name}")
+            continue
+        missing.discard(real.name)
+        if real.name != row.name:
+            found.append(f"{row.name} is called {real.name} here")
+        found += _figures_otherwise(row, real)
+    return found + [f"the card also has {p.name}, which the table does not know" for p in seen if p.name in missing]
+
+
+def _figures_otherwise(row: Profile, real: Profile) -> Iterator[str]:
+    figures: list[tuple[str, object, object, str]] = [
+        ("memory cells", row.width, real.width, "starts"),
+        ("start cells", _list(row.starts), _list(real.starts), "starts"),
+        ("instances at most", row.count_max, real.count_max, "count_max"),
+        ("SMs", row.sm_count, real.sm_count, "sm_count"),
+        ("cells of the card", row.cells, real.cells, "starts"),
+    ]
+    if abs(real.memory_bytes - row.memory_bytes) > MEMORY_TOLERANCE * row.memory_bytes:
+        figures.append(("GiB", f"{row.memory_bytes / GIB:.2f}", f"{real.memory_bytes / GIB:.2f}", "memory_bytes"))
+    for what, expected, reported, field in figures:
+        if expected != reported:
+            how = "assumed" if field in row.assumed else "listed"
+            yield f"{real.name}: {what} {reported}, where {expected} was {how}"
+
+
+def _named(among: tuple[Profile, ...], name: str) -> Profile | None:
+    """The profile of that name, else of as many slices, the same suffix and the nearest memory by name."""
+    exact = next((p for p in among if p.name == name), None)
+    wanted = parsed(name)
+    if exact is not None or wanted is None:
+        return exact
+    slices, gb, suffix = wanted
+    alike = [
+        (abs(named[1] - gb), p)
+        for p in among
+        if (named := parsed(p.name)) and (named[0], named[2]) == (slices, suffix)
+        if abs(named[1] - gb) <= NAME_TOLERANCE * named[1]
+    ]
+    return min(alike, key=lambda pair: pair[0])[1] if alike else None
+
+
+@cache
+def _fit(card: Gpu, wanted: tuple[Profile, ...]) -> tuple[Placement, ...] | None:
+    """A placement found by trying the widest first, each from its last start down to its first; None if none exists.
+
+    Low cells are left free: 4g starts only there.
+    """
+    if any(count > kind.count_max for kind, count in Counter(wanted).items()) or not _engines_suffice(card, wanted):
         return None
     order = sorted(wanted, key=lambda p: (-p.width, -p.slices))
 
@@ -193,8 +204,30 @@ def _first_fit(wanted: tuple[Profile, ...]) -> tuple[Placement, ...] | None:
     return extend(0, frozenset())
 
 
+def _engines_suffice(card: Gpu, wanted: tuple[Profile, ...]) -> bool:
+    """Whether the card has the media engines: beside a 1g+me.all, which takes them all, only -me slices can exist.
+
+    A number that is not known limits nothing; copy engines are shared where they run short.
+    """
+
+    def known(engines: Engines, kind: str) -> int:
+        number: int | None = getattr(engines, kind)
+        return number or 0
+
+    most = {kind: max(known(p.engines, kind) for p in card.profiles) for kind in MEDIA_ENGINES}
+    return all(
+        sum(known(p.engines, kind) for p in wanted) <= most[kind]
+        for kind in MEDIA_ENGINES
+        if all(getattr(p.engines, kind) is not None for p in card.profiles)
+    )
+
+
 def _size(kind: Profile) -> tuple[int, int]:
     return (kind.slices, kind.memory_bytes)
+
+
+def _list(starts: tuple[int, ...]) -> str:
+    return ", ".join(map(str, starts))
 
 
 def _examples(card: Gpu) -> str:

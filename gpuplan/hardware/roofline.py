@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from msgspec import Struct
 
 from gpuplan.hardware.catalog import Gpu
-from gpuplan.hardware.mig import Profile
+from gpuplan.hardware.profiles import Profile
 from gpuplan.hardware.shapes import ModelShape
 
 
@@ -48,7 +48,10 @@ class Constants:
 
 CONSTANTS = {
     "ampere": Constants(0.727, 0.819, 1.56, 3.0e-6, 19e-6, 1.78, True),
+    "ampere-ga102": Constants(0.727, 0.819, 1.56, 3.0e-6, 19e-6, 1.78, False),
     "hopper": Constants(0.721, 0.977, 1.55, 7.9e-6, 16e-6, 1.54, True),
+    "blackwell": Constants(0.721, 0.977, 1.55, 7.9e-6, 16e-6, 1.54, False),
+    "blackwell-gb202": Constants(0.727, 0.819, 1.56, 3.0e-6, 19e-6, 1.78, False),
     "ada": Constants(0.727, 0.819, 1.56, 3.0e-6, 19e-6, 1.78, False),
     "turing": Constants(0.727, 0.819, 1.56, 3.0e-6, 19e-6, 1.78, False),
 }

@@ -177,7 +177,7 @@ class _Layouts:
     def _all_capacities(self) -> dict[tuple[str, str], float]:
         """Requests per second of every model on every profile of the card that it fits."""
         found = {}
-        for part in (mig.whole(self._card), *mig.profiles(self._card)):
+        for part in (mig.whole(self._card), *mig.plain_profiles(self._card)):
             for name, source in self._trials.scenario.models.items():
                 alone = ReplicaSpec(model=name, slice=part.name)
                 try:

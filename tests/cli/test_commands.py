@@ -97,7 +97,7 @@ BAD_ARGUMENTS = [
     (("report", "/nowhere"), 2, "not a run folder"),
     (("export", "/nowhere.json", "--to", "nvidia-smi"), 2, "cannot use: No such file"),
     (("export", "/nowhere.json", "--to", "yaml"), 2, "unknown format"),
-    (("gpus", "a10"), 2, "did you mean a30 or a100-80gb"),
+    (("gpus", "a10"), 2, "did you mean a10g or a40 or a30"),
     (("scenario", "import", "{short}", "--out", "{tmp}/x.yaml"), 2, "not a known trace"),
 ]
 
