@@ -46,7 +46,7 @@ def gpus(
             known.name,
             f"{known.memory_bytes / catalog.GIB:.0f}",
             f"{known.bandwidth_bytes_per_s / 1e12:.2f}",
-            f"{known.flops_per_s / 1e12:.0f}",
+            f"{known.flops.fp16 / 1e12:.0f}",
             str(known.sm_count),
             f"{known.power_limit_w:.0f}",
             f"{known.price_per_hour:.2f}",

@@ -30,6 +30,14 @@ class Flops:
     int8: float
     fp4: float | None = None
 
+    def at(self, element_bytes: float) -> float:
+        """The rate for weights of this size; weights that no unit multiplies are widened to fp16 first."""
+        if element_bytes > 2:
+            return self.fp32 or self.fp16 / 8  # without TF32: what a T4's plain fp32 units do
+        if element_bytes > 1:
+            return self.fp16
+        return (self.fp4 if element_bytes <= 0.5 else None) or self.fp8 or self.fp16
+
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
@@ -52,9 +60,22 @@ class Gpu:
     assumed: frozenset[str] = frozenset()
 
     @property
-    def flops_per_s(self) -> float:
-        """What fp16 and bf16 models compute with."""
-        return self.flops.fp16
+    def link_bytes_per_s(self) -> float:
+        """What it can exchange with its peers, both directions together."""
+        return _NVLINK_BYTES_PER_S.get(self.name, _PCIE_BYTES_PER_S)
+
+
+_PCIE_BYTES_PER_S = 64e9
+"""Sixteen lanes of PCIe 4, both directions. Cards with PCIe 5 have twice that, at best: hosts often give less."""
+# NVLink by data sheet: to all peers of an SXM board, to the one or three at the other end of a PCIe card's bridge.
+_NVLINK_BYTES_PER_S = {
+    "a30": 200e9,
+    **dict.fromkeys(("a100-40gb", "a100-40gb-pcie", "a100-80gb", "a100-80gb-pcie"), 600e9),
+    **dict.fromkeys(("h100-80gb-pcie", "h100-nvl-94gb"), 600e9),
+    **dict.fromkeys(("h100-80gb", "gh200-96gb", "h200-141gb"), 900e9),
+    **dict.fromkeys(("b200-180gb", "gb200-186gb"), 1800e9),
+    "a40": 112.5e9,
+}
 
 
 # Prices were recalled from the providers' lists of about 2025-01 and not read again: per hour and machine, by the cards

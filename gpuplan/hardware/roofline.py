@@ -1,23 +1,25 @@
-"""What a step costs: an estimate in seconds from a model's shape and a slice's means.
+"""What a step costs: an estimate in seconds and bytes from a model's shape and a slice's means.
 
-A step runs `prefill_tokens` new prompt tokens and one token for each of `decodes` sequences through every layer.
-Each linear operator takes `(compute^p + memory^p)^(1/p)`, a smooth maximum of the time its multiplications and its
-bytes need (Williams et al., Roofline, CACM 2009), plus a launch. Attention, norms and activations are bytes and
-multiplications on top. A slice computes with its own SMs and reads with its own memory cells: on an H100 a 3g slice
-has 60 of 132 SMs but 4 of 8 cells, so 'slices / 7' would be wrong twice.
+A step runs `prefill_tokens` new prompt tokens and one token for each of `decodes` sequences through every layer: four
+matrix multiplications (`matmul`), attention, and what is neither. A slice computes with its own SMs and reads with
+its own memory cells: on an H100 a 3g slice has 60 of 132 SMs but 4 of 8 cells, so 'slices / 7' would be wrong twice.
+With tensor parallelism every card does its share of each layer, and the cards add up their results twice a layer.
 
-The constants below were fitted on published per-operator times of A100 and H100 (microsoft/vidur, MIT; 1 to 4096
-tokens, tensor parallel 1): mean absolute error 4.0 % on ampere, 6.1 % on hopper, for linear operators on a whole
-card. Ada and Turing have no measurements behind them: they use ampere's and say `fitted=False`.
+Constants are per architecture, none per model. `band` says how far off measurements have been, and must stand beside
+every number that comes from here.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from math import hypot
 
 from msgspec import Struct
 
+from gpuplan.hardware import matmul, slices
 from gpuplan.hardware.catalog import Gpu
+from gpuplan.hardware.matmul import Constants, Means
 from gpuplan.hardware.profiles import Profile
 from gpuplan.hardware.shapes import ModelShape
 
@@ -34,70 +36,177 @@ class StepLoad(Struct, frozen=True):
 
 
 @dataclass(frozen=True, slots=True)
-class Constants:
-    """One set per architecture, none per model."""
+class Band:
+    """How far estimates of this kind have been off, in percent of what was measured and on average."""
 
-    compute_efficiency: float
-    memory_efficiency: float
-    sharpness: float
-    operator_launch_s: float
-    layer_overhead_s: float
-    elementwise_passes: float
-    fitted: bool
+    linear_layer_percent: float
+    step_percent: float
+    basis: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one step takes: of one layer its linear operators and its attention, then the whole step, and what it holds
+    on each card."""
+
+    linear_layer_s: float
+    attention_layer_s: float
+    step_s: float
+    memory_bytes: int
 
 
 CONSTANTS = {
-    "ampere": Constants(0.727, 0.819, 1.56, 3.0e-6, 19e-6, 1.78, True),
-    "ampere-ga102": Constants(0.727, 0.819, 1.56, 3.0e-6, 19e-6, 1.78, False),
-    "hopper": Constants(0.721, 0.977, 1.55, 7.9e-6, 16e-6, 1.54, True),
-    "blackwell": Constants(0.721, 0.977, 1.55, 7.9e-6, 16e-6, 1.54, False),
-    "blackwell-gb202": Constants(0.727, 0.819, 1.56, 3.0e-6, 19e-6, 1.78, False),
-    "ada": Constants(0.727, 0.819, 1.56, 3.0e-6, 19e-6, 1.78, False),
-    "turing": Constants(0.727, 0.819, 1.56, 3.0e-6, 19e-6, 1.78, False),
+    "ampere": Constants(1.239, 0.845, 4.396e-6, 69.86, 0.220, 3.0e-6, 230e-6, 0.254, 22.0e-6, 2.13),
+    "hopper": Constants(0.850, 0.961, 4.965e-6, 109.6, 0.005, 0.0, 1120e-6, 0.136, 17.3e-6, 1.95),
 }
+UNMEASURED = Constants(1.18, 0.93, 4.3e-6, 74.0, 0.20, 2.5e-6, 400e-6, 0.20, 20.0e-6, 2.04)
+"""For a card known by its data sheet alone: one set fitted on both architectures at once."""
 
+FP16_BYTES = 2
 # Attention kernels reach about half of the matrix units' peak (Dao, FlashAttention-2, 2023: 50 to 73 % on A100).
 ATTENTION_COMPUTE_EFFICIENCY = 0.5
-# Host work between steps of a serving engine (scheduling, sampling): vLLM's authors report 1 to 5 ms before 2024,
-# well under 1 ms since its v1 engine.
+# What a serving engine does between steps (scheduling, sampling): an assumption, to be fitted where steps were
+# measured. Published figures reach from 5 ms (vLLM before 2024) to some tenths of a millisecond.
 STEP_OVERHEAD_S = 0.4e-3
 # CUDA context, workspace and activations that neither weights nor KV cache account for.
 RUNTIME_MEMORY_BYTES = 1_200_000_000
+# An all-reduce over NVLink: a start, and the share of the links' sheet bandwidth that large ones reach.
+ALL_REDUCE_START_S = 8e-6
+ALL_REDUCE_EFFICIENCY = 0.6
+# Mean absolute errors by `benchmarks/emulator_fidelity.py`. Linear operators: with the model left out of the fit, and
+# with the whole architecture left out. Steps: TPOT of a served 70B model on H200, after one constant for each engine,
+# which is not known beforehand; what the other errors add is added in squares. Slices: 2g, 3g, 4g from 1g and 7g.
+LEFT_OUT_PERCENT = {"ampere": 3.3, "hopper": 4.7}
+UNMEASURED_PERCENT = 8.2
+SERVED_PERCENT = 7.0
+SLICE_PERCENT = 3.8
+BLOCK_TOKENS = 256
+"""Linear operators are costed for this many row counts at once: one call of numpy instead of hundreds."""
 
 
-def step_time_s(model: ModelShape, card: Gpu, part: Profile, load: StepLoad) -> float:
-    """Seconds that one step takes on a slice (or a whole card) of `card`."""
-    k = CONSTANTS[card.architecture]
-    size = model.bytes_per_element
-    flops_per_s = card.flops_per_s * part.sm_count / card.sm_count
-    bytes_per_s = card.bandwidth_bytes_per_s * part.width / part.cells
-    tokens = load.prefill_tokens + load.decodes
-    if tokens == 0:
-        return STEP_OVERHEAD_S
+class StepCosts:
+    """The cost of steps of `model` on one slice, or on `tensor_parallel` slices of the same kind together.
 
-    def linear(parameters: float, rows: int, activations: float) -> float:
-        compute_s = 2.0 * parameters * rows / (flops_per_s * k.compute_efficiency)
-        memory_s = (parameters + rows * activations) * size / (bytes_per_s * k.memory_efficiency)
-        return float((compute_s**k.sharpness + memory_s**k.sharpness) ** (1.0 / k.sharpness))
+    `processes` busy ones share the slice (MPS), this model's among them: each has its share of the SMs and of the
+    bandwidth while it computes, and all of the time in which another launches. Neighbours are taken to be busy.
+    """
 
-    hidden, ffn = model.hidden, model.ffn
-    kv_row = 2 * model.kv_heads * (hidden // model.heads)
-    operators_s = linear(model.layer_parameters, tokens, 5 * hidden + kv_row + 3 * ffn) + 4 * k.operator_launch_s
-    elementwise_s = k.elementwise_passes * tokens * (11 * hidden + 3 * ffn) * size / bytes_per_s + k.layer_overhead_s
-    attention_s = 4.0 * load.attended_pairs * hidden / (flops_per_s * ATTENTION_COMPUTE_EFFICIENCY)
-    attention_s += load.context_tokens * kv_row * size / (bytes_per_s * k.memory_efficiency)
-    layers_s = model.layers * (operators_s + elementwise_s + attention_s)
-    head_s = linear(model.vocabulary * hidden, load.samples, hidden + model.vocabulary) if load.samples else 0.0
-    return layers_s + (head_s if model.role == "decoder" else 0.0) + STEP_OVERHEAD_S
+    def __init__(
+        self, model: ModelShape, card: Gpu, part: Profile, *, tensor_parallel: int = 1, processes: int = 1
+    ) -> None:
+        share = (1 - slices.neighbour_loss(card, part)) / processes
+        sms, cells = share * part.sm_count / card.sm_count, share * part.width / part.cells
+        self._model, self._part = model, part
+        self._ways, self._processes, self._link_bytes_per_s = tensor_parallel, processes, card.link_bytes_per_s
+        self._constants = CONSTANTS.get(card.architecture, UNMEASURED)
+        self._flops_per_s = card.flops.at(model.bytes_per_element) * sms
+        self._bytes_per_s = card.bandwidth_bytes_per_s * cells
+        self._means = Means(self._flops_per_s, card.flops.fp16 * sms, self._bytes_per_s, part.sm_count)
+        hidden, ways = model.hidden, tensor_parallel
+        queries, keys = model.heads * model.head_size // ways, max(model.kv_heads // ways, 1) * model.head_size
+        ffn = model.ffn // ways
+        self._layer = (
+            (queries + 2 * keys, hidden),
+            (hidden, queries),
+            ((2 if model.gated_ffn else 1) * ffn, hidden),
+            (hidden, ffn),
+        )
+        self._head = ((model.vocabulary // ways, hidden),)
+        self._queries, self._keys = queries, keys
+        # Two norms and two additions of the residual stream, the rotation of queries and keys, and the activation.
+        self._elementwise_bytes_per_token = FP16_BYTES * (7 * hidden + 2 * (queries + keys) + 3 * ffn)
+
+    def cost(self, load: StepLoad) -> Cost:
+        """All that is known of a step of at least one token."""
+        tokens = load.prefill_tokens + load.decodes
+        return Cost(
+            self.linear_layer_s(tokens), self.attention_layer_s(load), self.step_s(load), self.memory_bytes(load)
+        )
+
+    def memory_bytes(self, load: StepLoad) -> int:
+        """Bytes held on each card during a step: weights, runtime, the KV cache it works on, and activations."""
+        held = load.context_tokens + load.decodes + load.prefill_tokens
+        resident = self._model.weights_bytes + self._model.kv_bytes_per_token * held
+        activations = (load.prefill_tokens + load.decodes) * self._elementwise_bytes_per_token
+        return RUNTIME_MEMORY_BYTES + resident // self._ways + activations
+
+    def fits(self, load: StepLoad) -> bool:
+        """Whether the step's memory fits this process's share of the slice: if not, a real card would be out of memory.
+
+        Of a decoder only activations can be too many: its KV cache was reserved when the request was admitted.
+        """
+        return self.memory_bytes(load) <= self._part.memory_bytes // self._processes
+
+    def step_s(self, load: StepLoad) -> float:
+        """Seconds of one step. Never less for more work."""
+        tokens = load.prefill_tokens + load.decodes
+        if tokens == 0:
+            return STEP_OVERHEAD_S
+        layer_s = self.linear_layer_s(tokens) + self.elementwise_layer_s(tokens) + self.attention_layer_s(load)
+        layer_s += 2 * self._all_reduce_s(tokens)
+        head_s = self._linear_s(self._head, load.samples) if load.samples and self._model.role == "decoder" else 0.0
+        return self._model.layers * layer_s + head_s + STEP_OVERHEAD_S
+
+    def linear_layer_s(self, tokens: int) -> float:
+        """Seconds of one layer's four linear operators: QKV, attention output, and the FFN's up and down."""
+        return self._linear_s(self._layer, tokens)
+
+    def attention_layer_s(self, load: StepLoad) -> float:
+        """Seconds of one layer's attention: multiplications for the prompts, the KV cache's bytes for the decodes."""
+        compute_s = 4.0 * load.attended_pairs * self._queries / (self._flops_per_s * ATTENTION_COMPUTE_EFFICIENCY)
+        kv_bytes = 2 * self._keys * self._model.kv_bytes_per_element * load.context_tokens
+        return compute_s + kv_bytes / (self._bytes_per_s * self._constants.memory_efficiency)
+
+    def elementwise_layer_s(self, tokens: int) -> float:
+        """Seconds of what is neither in one layer: norms, additions, rotations, the activation."""
+        k, p = self._constants, matmul.STRUCTURE.sharpness
+        bytes_s = k.elementwise_passes * tokens * self._elementwise_bytes_per_token / self._bytes_per_s
+        return float((k.elementwise_launch_s**p + bytes_s**p) ** (1 / p))
+
+    def _linear_s(self, operators: tuple[tuple[int, int], ...], rows: int) -> float:
+        block, at = divmod(rows - 1, BLOCK_TOKENS)
+        return _linear_block(operators, block, self._model.bytes_per_element, self._means, self._constants)[at]
+
+    def _all_reduce_s(self, tokens: int) -> float:
+        if self._ways == 1:
+            return 0.0
+        moved_bytes = 2 * (self._ways - 1) / self._ways * tokens * self._model.hidden * FP16_BYTES
+        return ALL_REDUCE_START_S + moved_bytes / (self._link_bytes_per_s * ALL_REDUCE_EFFICIENCY)
 
 
-def kv_capacity_tokens(model: ModelShape, part: Profile) -> int:
-    """How many tokens of KV cache fit beside the weights; 0 when the model does not fit at all.
+@lru_cache(maxsize=8192)
+def _linear_block(
+    operators: tuple[tuple[int, int], ...], block: int, element_bytes: float, means: Means, constants: Constants
+) -> tuple[float, ...]:
+    """Seconds of these (columns, inner) operators together, for the row counts of one block."""
+    import numpy as np
+
+    rows = np.arange(block * BLOCK_TOKENS + 1, (block + 1) * BLOCK_TOKENS + 1)[:, None]
+    columns, inner = np.array(operators).T
+    each_s = matmul.seconds(
+        *np.broadcast_arrays(rows, columns, inner), element_bytes=element_bytes, means=means, constants=constants
+    )
+    return tuple(each_s.sum(axis=-1).tolist())
+
+
+def band(card: Gpu, part: Profile) -> Band:
+    """How far estimates for this card and slice are to be trusted."""
+    measured = LEFT_OUT_PERCENT.get(card.architecture)
+    sliced = SLICE_PERCENT if part.width < part.cells else 0.0
+    linear = hypot(measured or UNMEASURED_PERCENT, sliced)
+    step = hypot(SERVED_PERCENT, sliced, 0.0 if measured else UNMEASURED_PERCENT)
+    basis = f"measurements of {card.architecture} cards" if measured else "the data sheet alone"
+    return Band(round(linear, 1), round(step, 1), basis)
+
+
+def kv_capacity_tokens(model: ModelShape, part: Profile, *, processes: int = 1) -> int:
+    """How many tokens of KV cache fit beside the weights of one of `processes` on a slice; 0 when the model does not
+    fit at all.
 
     For a model without a KV cache: its context limit times a large batch when the weights fit, so that memory is
     never what limits it.
     """
-    free_bytes = part.memory_bytes - model.weights_bytes - RUNTIME_MEMORY_BYTES
+    free_bytes = part.memory_bytes // processes - model.weights_bytes - RUNTIME_MEMORY_BYTES
     if free_bytes <= 0:
         return 0
     if model.kv_bytes_per_token == 0:

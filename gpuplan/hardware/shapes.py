@@ -26,7 +26,12 @@ class ModelShape:
     gated_ffn: bool
     vocabulary: int
     context_tokens_max: int
-    bytes_per_element: int = 2
+    bytes_per_element: float = 2
+    kv_bytes_per_element: float = 2
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden // self.heads
 
     @property
     def layer_parameters(self) -> int:
@@ -39,14 +44,14 @@ class ModelShape:
     def weights_bytes(self) -> int:
         """Layers, embedding and (for decoders) an output head of the same size."""
         tables = self.vocabulary * self.hidden * (2 if self.role == "decoder" else 1)
-        return (self.layers * self.layer_parameters + tables) * self.bytes_per_element
+        return int((self.layers * self.layer_parameters + tables) * self.bytes_per_element)
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Keys and values of every layer for one token; zero for a model that keeps none."""
         if self.role != "decoder":
             return 0
-        return 2 * self.layers * self.kv_heads * (self.hidden // self.heads) * self.bytes_per_element
+        return int(2 * self.layers * self.kv_heads * self.head_size * self.kv_bytes_per_element)
 
 
 SHAPES: dict[str, ModelShape] = {

@@ -18,7 +18,7 @@ from gpuplan.record.run import Run
 from gpuplan.scenario import files
 from gpuplan.scenario.deployment import resolve
 from gpuplan.scenario.schedule import Schedule, ScheduledRequest
-from gpuplan.sim.service_times import Fit, ServiceTimes, roofline_timer
+from gpuplan.sim.service_times import Fit, ServiceTimes, step_costs
 from gpuplan.sim.simulator import simulate
 
 if TYPE_CHECKING:
@@ -55,9 +55,9 @@ def fit(run: Run, *, until_s: float = float("inf")) -> ServiceTimes:
     for (model, slice_name), parts in groups.items():
         replica = next(r for r in deployment.replicas if (r.model, r.slice.name) == (model, slice_name))
         loads, seconds = _loads([row for rows in parts for row in rows.itertuples(index=False)])
-        base = roofline_timer(deployment, replica)
+        costs = step_costs(deployment, replica)
         if len(loads) >= STEPS_MIN:
-            fits[(model, slice_name)] = _fit(loads, seconds, [base(load) for load in loads] if base else None)
+            fits[(model, slice_name)] = _fit(loads, seconds, [costs.step_s(load) for load in loads] if costs else None)
     uplink_s, downlink_s = _overheads(run, until_s)
     return ServiceTimes(fits, uplink_s, downlink_s)
 

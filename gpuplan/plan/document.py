@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -136,10 +137,8 @@ def _placement(trials: Trials, deployment: Deployment, part: Slice, replica: sup
 
 
 def _replicas(deployment: Deployment) -> list[dict[str, Any]]:
-    counts: dict[tuple[str, str], int] = {}
-    for r in deployment.replicas:
-        counts[(r.model, r.slice.name)] = counts.get((r.model, r.slice.name), 0) + 1
-    return [{"model": m, "slice": s, "processes": 1, "count": n} for (m, s), n in counts.items()]
+    counts = Counter((r.model, r.slice.name, r.processes) for r in deployment.replicas)
+    return [{"model": m, "slice": s, "processes": p, "count": n // p} for (m, s, p), n in counts.items()]
 
 
 def _batching(deployment: Deployment, reasons: dict[str, str]) -> dict[str, Any]:
@@ -156,7 +155,8 @@ def _batching(deployment: Deployment, reasons: dict[str, str]) -> dict[str, Any]
 
 
 def _service_times(trials: Trials, deployment: Deployment) -> list[dict[str, Any]]:
-    """What the step times of each model and slice of the plan rest on."""
+    """What the step times of each model and slice of the plan rest on, and how far they are off: measured on this run
+    where they were fitted, else the emulated GPU's own record."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for r in deployment.replicas:
         fit = trials.times.fits.get((r.model, r.slice.name))
@@ -164,10 +164,16 @@ def _service_times(trials: Trials, deployment: Deployment) -> list[dict[str, Any
             "model": r.model,
             "slice": r.slice.name,
             "basis": trials.times.basis(r),
-            "error": fit.error if fit else None,
+            "error": fit.error if fit else _band(deployment, r),
             "steps": fit.steps if fit else 0,
         }
     return list(rows.values())
+
+
+def _band(deployment: Deployment, replica: supply.Replica) -> float | None:
+    if deployment.gpu is None or replica.slice.profile is None:
+        return None
+    return roofline.band(deployment.gpu, replica.slice.profile).step_percent / 100
 
 
 def _is_final(tried: LayoutTried, final: Trial) -> bool:

@@ -123,11 +123,12 @@ class BatchingSpec(Section, frozen=True):
 
 
 class ReplicaSpec(Section, frozen=True):
-    """`count` copies of a model, each on a slice of its own of that profile."""
+    """A model on `count` slices of that profile, in each of them `processes` copies that share it (MPS)."""
 
     model: Name
     slice: str = "whole"
     count: Annotated[int, Meta(ge=1, le=1024)] = 1
+    processes: Annotated[int, Meta(ge=1, le=48)] = 1
 
 
 class AutoscaleSpec(Section, frozen=True):

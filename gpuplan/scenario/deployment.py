@@ -42,13 +42,15 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """One copy of a model on one slice. `kv_tokens_max` is None for a model without a KV cache."""
+    """One copy of a model on one slice, which `processes` copies share. `kv_tokens_max` is None for a model without a
+    KV cache."""
 
     id: str
     model: str
     role: Role
     slice: Slice
     kv_tokens_max: int | None
+    processes: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,13 +179,15 @@ def _assign(specs: list[ReplicaSpec], models: Mapping[str, ModelSource], free: l
                 have = ", ".join(sorted({p.name for p in free})) or "no slice is left"
                 raise InputError("no such slice is free in the layout", key=f"{key}.slice", value=wanted, allowed=have)
             free.remove(part)
-            number = sum(1 for r in replicas if r.model == spec.model)
-            kv_tokens_max = _kv_tokens(source, part, key)
-            replicas.append(Replica(f"{spec.model}-{number}", spec.model, role(source), part, kv_tokens_max))
+            kv_tokens_max = _kv_tokens(source, part, spec.processes, key)
+            for _ in range(spec.processes):
+                number = sum(1 for r in replicas if r.model == spec.model)
+                name = f"{spec.model}-{number}"
+                replicas.append(Replica(name, spec.model, role(source), part, kv_tokens_max, spec.processes))
     return tuple(replicas)
 
 
-def _kv_tokens(source: ModelSource, part: Slice, key: str) -> int | None:
+def _kv_tokens(source: ModelSource, part: Slice, processes: int, key: str) -> int | None:
     if source.emulate and part.profile is None:
         raise InputError(
             f"{source.emulate} is emulated on a GPU, and this is a CPU", key="deployment.gpu", allowed="a card's name"
@@ -191,12 +195,13 @@ def _kv_tokens(source: ModelSource, part: Slice, key: str) -> int | None:
     model = shape_of(source)
     if model is None or part.profile is None:
         return None
-    tokens = roofline.kv_capacity_tokens(model, part.profile)
+    tokens = roofline.kv_capacity_tokens(model, part.profile, processes=processes)
     if tokens < 1:
         need = (model.weights_bytes + roofline.RUNTIME_MEMORY_BYTES) / catalog.GIB
-        have = part.profile.memory_bytes / catalog.GIB
+        have = part.profile.memory_bytes / processes / catalog.GIB
+        owner = "the slice" if processes == 1 else f"each of {processes} processes"
         raise InputError(
-            f"{model.name} does not fit: it needs {need:.1f} GiB before any KV cache, the slice has {have:.1f} GiB",
+            f"{model.name} does not fit: it needs {need:.1f} GiB before any KV cache, {owner} has {have:.1f} GiB",
             key=f"{key}.slice",
             value=part.name,
             allowed="a slice with more memory",

@@ -16,7 +16,7 @@ from pathlib import Path
 from gpuplan.errors import InputError
 from gpuplan.hardware import mig
 from gpuplan.hardware.catalog import Gpu
-from gpuplan.hardware.mig import Profile
+from gpuplan.hardware.profiles import Profile
 from gpuplan.scenario.demand import ModelSource
 from gpuplan.scenario.deployment import Deployment, Replica, shape_of
 from gpuplan.serve import builtin
@@ -33,13 +33,13 @@ def engine_for(replica: Replica, deployment: Deployment, *, card_present: bool, 
     if card is None or part is None:
         return _onnx(source, provider=CPU_PROVIDER, threads=_threads_each(deployment))
     if source.emulate and shape:
-        return EmulatedEngine(shape, card, part)
+        return EmulatedEngine(shape, card, part, processes=replica.processes)
     if card_present and part.name == mig.WHOLE:
         return _onnx(source, provider=CUDA_PROVIDER, threads=1, memory_bytes_max=part.memory_bytes)
     if allow_cpu:
         return _onnx(source, provider=CPU_PROVIDER, threads=_threads_each(deployment))
     if source.builtin and shape:
-        return _answering(source, shape_card=(card, part))
+        return _answering(source, replica, card, part)
     missing = f"there is no {card.name} in this machine"
     reason = "engines do not run on single MIG slices yet" if card_present else missing
     raise InputError(
@@ -49,10 +49,11 @@ def engine_for(replica: Replica, deployment: Deployment, *, card_present: bool, 
     )
 
 
-def _answering(source: ModelSource, *, shape_card: tuple[Gpu, Profile]) -> Engine:
+def _answering(source: ModelSource, replica: Replica, card: Gpu, part: Profile) -> Engine:
     shape = shape_of(source)
     assert shape is not None, "every built-in has a shape"
-    return EmulatedEngine(shape, *shape_card, answers=_onnx(source, provider=CPU_PROVIDER, threads=1))
+    answers = _onnx(source, provider=CPU_PROVIDER, threads=1)
+    return EmulatedEngine(shape, card, part, answers, processes=replica.processes)
 
 
 def _onnx(source: ModelSource, *, provider: str, threads: int, memory_bytes_max: int | None = None) -> OnnxEngine:

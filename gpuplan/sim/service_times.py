@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gpuplan.errors import RunError
-from gpuplan.hardware import roofline
-from gpuplan.hardware.roofline import StepLoad
+from gpuplan.hardware.roofline import StepCosts, StepLoad
 from gpuplan.scenario.deployment import Deployment, Replica, shape_of
 
 Basis = Literal["fitted", "scaled", "roofline"]
@@ -69,7 +68,8 @@ class ServiceTimes:
         Raises RunError for a replica that has no roofline and was not measured.
         """
         fit = self.fits.get((replica.model, replica.slice.name)) or self._neighbour(replica)
-        base = roofline_timer(deployment, replica)
+        costs = step_costs(deployment, replica)
+        base = costs.step_s if costs else None
         if base is None:
             if fit is None:
                 raise RunError(
@@ -93,12 +93,12 @@ class ServiceTimes:
         return max(others, key=lambda fit: fit.steps, default=None)
 
 
-def roofline_timer(deployment: Deployment, replica: Replica) -> Timer | None:
+def step_costs(deployment: Deployment, replica: Replica) -> StepCosts | None:
     """The roofline of the replica's model on its slice, or None where there is none."""
     shape, card, part = shape_of(deployment.models[replica.model]), deployment.gpu, replica.slice.profile
     if shape is None or card is None or part is None:
         return None
-    return lambda load: roofline.step_time_s(shape, card, part, load)
+    return StepCosts(shape, card, part, processes=replica.processes)
 
 
 def _fitted(fit: Fit, base: Timer) -> Timer:

@@ -13,7 +13,7 @@ import random
 from datetime import UTC, datetime
 
 from gpuplan.policy.core import ServingCore
-from gpuplan.policy.vocabulary import Action, Arrive, Event, ReplicaUp, RunStep, StepDone, Wake
+from gpuplan.policy.vocabulary import Action, Arrive, Event, ReplicaUp, RunStep, StepDone, StepFailed, Wake
 from gpuplan.record.recorder import Answer, Recorder, Served
 from gpuplan.record.run import Run, RunMeta
 from gpuplan.scenario import deployment as supply
@@ -21,7 +21,7 @@ from gpuplan.scenario import files
 from gpuplan.scenario.demand import Scenario
 from gpuplan.scenario.deployment import Deployment
 from gpuplan.scenario.schedule import Schedule, ScheduledRequest
-from gpuplan.sim.service_times import ServiceTimes
+from gpuplan.sim.service_times import ServiceTimes, step_costs
 from gpuplan.telemetry.emulated import EmulatedCards
 
 TELEMETRY_HZ = 10.0
@@ -81,10 +81,11 @@ class _Simulation:
         rng = random.Random(f"{seed}/steps")  # noqa: S311 - not for secrets
         self._core = ServingCore(deployment)
         self._timers = {r.id: service_times.timer(deployment, r, rng) for r in deployment.replicas}
+        self._costs = {r.id: step_costs(deployment, r) for r in deployment.replicas}
         self._links = random.Random(f"{seed}/uplink")  # noqa: S311 - not for secrets
         self._uplink_s = service_times.uplink_s
         self._recorder, self._cards = recorder, cards
-        self._running: list[tuple[float, int, StepDone]] = []
+        self._running: list[tuple[float, int, StepDone | StepFailed]] = []
         self._sample_due_s = 0.0
         self.now_s = 0.0
         for replica in deployment.replicas:
@@ -122,10 +123,16 @@ class _Simulation:
             self._cards.decided(event, actions, now_s=now_s)
         for action in actions:
             if type(action) is RunStep:
-                seconds = self._timers[action.replica_id](action.load)
-                heapq.heappush(
-                    self._running, (now_s + seconds, action.step_id, StepDone(action.replica_id, action.step_id))
-                )
+                self._start(action, now_s)
+
+    def _start(self, step: RunStep, now_s: float) -> None:
+        costs, seconds = self._costs[step.replica_id], 0.0
+        event: StepDone | StepFailed = StepDone(step.replica_id, step.step_id)
+        if costs is None or costs.fits(step.load):
+            seconds = self._timers[step.replica_id](step.load)
+        else:
+            event = StepFailed(step.replica_id, step.step_id, OUT_OF_MEMORY)
+        heapq.heappush(self._running, (now_s + seconds, step.step_id, event))
 
     def _sample_until(self, now_s: float) -> None:
         while self._cards is not None and self._sample_due_s <= now_s:
@@ -133,7 +140,9 @@ class _Simulation:
             self._sample_due_s += 1.0 / TELEMETRY_HZ
 
 
-_REFUSALS = {"too_long": ("error", 400)}
+# What a live server answers; every other refusal is a 429.
+OUT_OF_MEMORY = "engine_error: OutOfMemory"
+_REFUSALS = {"too_long": ("error", 400), OUT_OF_MEMORY: ("error", 500)}
 
 
 def _answer(request: ScheduledRequest, served: Served, warmup_s: float, downlink_s: float) -> Answer:

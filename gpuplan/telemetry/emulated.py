@@ -8,7 +8,8 @@ nothing computes (memory utilisation, clocks, temperature, PCIe) is missing.
 
 from __future__ import annotations
 
-from gpuplan.hardware import mig, roofline
+from gpuplan.hardware import roofline
+from gpuplan.hardware.profiles import Profile
 from gpuplan.policy.vocabulary import Action, Event, ReplicaDown, RunStep, StepDone, StepFailed
 from gpuplan.record.recorder import Sample
 from gpuplan.scenario.deployment import Deployment, Replica, shape_of
@@ -41,52 +42,38 @@ class EmulatedCards(Source):
         span_s = now_s - since_s if since_s is not None else 0.0
         samples: list[Sample] = []
         for index in range(len(self._deployment.layouts)):
-            meters = [m for m in self._meters.values() if m.replica.slice.gpu_index == index]
-            # Taken at every reading, the first included: what came before it belongs to no window.
-            taken_s = {m.replica.id: m.take_busy_s(now_s) for m in meters}
-            busy = {name: seconds / span_s if span_s > 0 else 0.0 for name, seconds in taken_s.items()}
-            utilization = min(sum(busy[m.replica.id] * m.profile.sm_count for m in meters) / card.sm_count, 1.0)
+            held = self._read_slices(index, span_s, now_s)
+            utilization = min(sum(busy * part.sm_count for _, part, busy, _ in held) / card.sm_count, 1.0)
             power_w = card.idle_power_w + (card.power_limit_w - card.idle_power_w) * utilization
             self._energy_j[index] += power_w * span_s
-            name = f"gpu{index}"
-            memory = float(sum(m.memory_bytes for m in meters))
-            samples.append(
-                Sample(
-                    now_s,
-                    "emulated",
-                    name,
-                    None,
-                    utilization,
-                    memory,
-                    float(card.memory_bytes),
-                    power_w,
-                    self._energy_j[index],
-                )
-            )
+            name, memory = f"gpu{index}", float(sum(used for *_, used in held))
+            whole = (utilization, memory, float(card.memory_bytes), power_w, self._energy_j[index])
+            samples.append(Sample(now_s, "emulated", name, None, *whole))
             samples += [
-                Sample(
-                    now_s,
-                    "emulated",
-                    name,
-                    m.replica.slice.id,
-                    min(busy[m.replica.id], 1.0),
-                    float(m.memory_bytes),
-                    float(m.profile.memory_bytes),
-                    None,
-                    None,
-                )
-                for m in meters
+                Sample(now_s, "emulated", name, slice_id, busy, float(used), float(part.memory_bytes))
+                for slice_id, part, busy, used in held
             ]
         return samples
+
+    def _read_slices(self, index: int, span_s: float, now_s: float) -> list[tuple[str, Profile, float, int]]:
+        """Of every slice in use: its id and profile, the share of the time it was busy, and the bytes it held. Busy
+        time is taken at every reading, the first included: what came before it belongs to no window."""
+        held: dict[str, tuple[Profile, float, int]] = {}
+        for meter in self._meters.values():
+            part = meter.replica.slice
+            if part.gpu_index == index and part.profile is not None:
+                _, busy, used = held.get(part.id, (part.profile, 0.0, 0))
+                busy_s = meter.take_busy_s(now_s)
+                busy = min(busy + busy_s / span_s, 1.0) if span_s > 0 else 0.0
+                held[part.id] = (part.profile, busy, used + meter.memory_bytes)
+        return [(slice_id, *reading) for slice_id, reading in held.items()]
 
 
 class _Meter:
     """How long one replica has been busy, and the memory it holds."""
 
     def __init__(self, replica: Replica, deployment: Deployment) -> None:
-        assert replica.slice.profile is not None, "only slices of a card are metered"
         self.replica = replica
-        self.profile: mig.Profile = replica.slice.profile
         self._shape = shape_of(deployment.models[replica.model])
         self._step_id = 0
         self._started_s: float | None = None

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from gpuplan.hardware import catalog, mig
+from gpuplan.hardware import catalog
+from gpuplan.hardware.profiles import Engines, Profile, parsed
 
 T = TypeVar("T")
 
@@ -27,7 +28,7 @@ class Instance:
     CUDA_VISIBLE_DEVICES takes it; None where no compute instance was made in it.
     """
 
-    profile: mig.Profile | None
+    profile: Profile | None
     start: int | None
     width: int | None
     gpu_instance_id: int
@@ -48,7 +49,7 @@ class Card:
     mig_enabled: bool | None
     known_as: str | None
     driver: str | None = None
-    profiles: tuple[mig.Profile, ...] = ()
+    profiles: tuple[Profile, ...] = ()
     instances: tuple[Instance, ...] = ()
 
 
@@ -210,7 +211,7 @@ def _describe(device: Device) -> Card:
 # --- MIG ----------------------------------------------------------------------------------------------------------
 
 
-def mig_profiles(device: Device) -> dict[int, mig.Profile]:
+def mig_profiles(device: Device) -> dict[int, Profile]:
     """What the card can be cut into, by NVML's profile id: every profile that NVML has a number for and this card
     supports. Raises Lost."""
     nvml = device.nvml
@@ -240,7 +241,7 @@ def mig_devices(device: Device) -> dict[int, Any]:
     return found
 
 
-def instances(device: Device, kinds: dict[int, mig.Profile]) -> tuple[Instance, ...]:
+def instances(device: Device, kinds: dict[int, Profile]) -> tuple[Instance, ...]:
     """The card's current layout, by start. Without an administrator's rights only what its MIG devices show: which
     slices there are, and not where. Raises Lost."""
     nvml, ask = device.nvml, device.ask
@@ -296,12 +297,14 @@ _SUFFIXES = {
 }  # fmt: skip
 
 
-def _profile(number: int, told: Any, places: list[tuple[int, int]], cells: int, card_bytes: int) -> mig.Profile:
+def _profile(number: int, told: Any, places: list[tuple[int, int]], cells: int, card_bytes: int) -> Profile:
     """NVML's answers as a Profile: the one place where they meet."""
     memory_bytes = told.memorySizeMB << 20
     name = str(getattr(told, "name", "")).removeprefix("MIG ")
-    return mig.Profile(
-        name=name or f"{told.sliceCount}g.{_nominal_gb(memory_bytes, card_bytes)}gb{_SUFFIXES.get(number, '')}",
+    name = name or f"{told.sliceCount}g.{_nominal_gb(memory_bytes, card_bytes)}gb{_SUFFIXES.get(number, '')}"
+    understood = parsed(name)
+    return Profile(
+        name=name,
         slices=told.sliceCount,
         width=places[0][1],
         starts=tuple(start for start, _ in places),
@@ -309,6 +312,9 @@ def _profile(number: int, told: Any, places: list[tuple[int, int]], cells: int, 
         memory_bytes=memory_bytes,
         sm_count=told.multiprocessorCount,
         cells=cells,
+        suffix=understood[2] if understood else _SUFFIXES.get(number, ""),
+        profile_id=told.id,
+        engines=Engines(told.copyEngineCount, told.decoderCount, told.encoderCount, told.jpegCount, told.ofaCount),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gpuplan.errors import InputError
-from gpuplan.hardware import catalog, roofline, shapes
+from gpuplan.hardware import catalog, shapes
 from gpuplan.hardware.catalog import GIB, GPUS
 
 
@@ -47,7 +47,6 @@ def test_rates_follow_from_sms_and_clock(card: catalog.Gpu) -> None:
     """Tensor cores may run below the highest clock, never above it; and a sparse figure would be twice too much."""
     per_clock = FP16_PER_CLOCK[card.architecture] // (2 if card.name == "a10g" else 1)  # its units are halved
     assert 0.8 <= card.flops.fp16 / (card.sm_count * card.sm_clock_hz * per_clock) <= 1.01
-    assert card.flops_per_s == card.flops.fp16
     assert card.flops.int8 == pytest.approx(2 * card.flops.fp16, rel=0.02)
     if card.flops.fp32:
         assert card.flops.fp32 == pytest.approx(card.flops.fp16 / 2, rel=0.03)
@@ -64,7 +63,6 @@ def test_a_card_says_what_is_assumed_and_where_its_price_is_from(card: catalog.G
     assert ("price_per_hour" in card.assumed) == ("analogy" in card.price_source)
     assert "2025-01" in card.price_source and "not re-checked" in card.price_source
     assert 0 < card.idle_power_w < card.power_limit_w
-    assert card.architecture in roofline.CONSTANTS
 
 
 @pytest.mark.parametrize(

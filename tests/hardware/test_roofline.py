@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 
@@ -13,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpuplan.hardware import catalog, mig, roofline, shapes
-from gpuplan.hardware.roofline import StepLoad
+from gpuplan.hardware.roofline import StepCosts, StepLoad
 from gpuplan.hardware.shapes import ModelShape
 
 LLAMA = shapes.shape("llama-3-8b")
 H100 = catalog.gpu("h100-80gb")
 
-SLICES = [(card, part) for card in catalog.GPUS.values() for part in (*mig.profiles(card), mig.whole(card))]
+SLICES = [(card, part) for card in catalog.GPUS.values() for part in (*mig.plain_profiles(card), mig.whole(card))]
 LOADS = st.builds(
     StepLoad,
     prefill_tokens=st.integers(0, 100_000),
@@ -45,13 +46,15 @@ def test_more_work_never_takes_less_time(
 ) -> None:
     field, extra = more
     heavier = StepLoad(**{f: getattr(load, f) + (extra if f == field else 0) for f in load.__struct_fields__})
-    before, after = (roofline.step_time_s(model, *where, one) for one in (load, heavier))
+    costs = StepCosts(model, *where)
+    before, after = costs.step_s(load), costs.step_s(heavier)
     assert 0 < before <= after * (1 + 1e-12)
+    assert costs.memory_bytes(load) <= costs.memory_bytes(heavier)
 
 
 def step_s(slice_name: str, load: StepLoad, model: ModelShape = LLAMA, card: catalog.Gpu = H100) -> float:
     part = mig.whole(card) if slice_name == mig.WHOLE else mig.profile(card, slice_name)
-    return roofline.step_time_s(model, card, part, load)
+    return StepCosts(model, card, part).step_s(load)
 
 
 @pytest.mark.parametrize(
@@ -118,46 +121,102 @@ def test_a_full_kv_cache_fits_the_slice_to_the_last_token() -> None:
     assert roofline.memory_used_bytes(LLAMA, tokens + 1) > part.memory_bytes
 
 
+@pytest.mark.parametrize("ways", [2, 4, 8])
+def test_cards_together_take_less_time_each_and_more_in_sum(ways: int) -> None:
+    load, model = StepLoad(0, 0, 32, 32 * 500, 32), shapes.shape("llama-3-70b")
+    h200 = catalog.gpu("h200-141gb")
+    alone, shared = (StepCosts(model, h200, mig.whole(h200), tensor_parallel=n) for n in (1, ways))
+    assert shared.step_s(load) < alone.step_s(load) < ways * shared.step_s(load)
+    assert shared.memory_bytes(load) < alone.memory_bytes(load) / ways * 1.2
+
+
+def test_processes_that_share_a_slice_share_its_work_and_not_its_launches() -> None:
+    bert, part = shapes.shape("bert-base"), mig.profile(H100, "3g.40gb")
+    one, three = (StepCosts(bert, H100, part, processes=n) for n in (1, 3))
+    short, long = (StepLoad(n, n * 128, 0, 0, n // 128) for n in (128, 128 * 256))
+    assert three.step_s(short) < 1.5 * one.step_s(short), "launches go on beside each other"
+    assert 2.7 * one.step_s(long) < three.step_s(long) < 3.3 * one.step_s(long), "a full slice is divided"
+
+
+def test_a_batch_that_does_not_fit_is_told_before_it_is_timed() -> None:
+    costs = StepCosts(shapes.shape("bert-base"), H100, mig.profile(H100, "1g.10gb"))
+    assert costs.fits(StepLoad(32 * 512, 0, 0, 0, 32))
+    assert not costs.fits(StepLoad(2048 * 512, 0, 0, 0, 2048)), "a million tokens' activations"
+
+
+def test_weights_of_a_byte_halve_the_reading_and_not_the_cache() -> None:
+    half = replace(LLAMA, bytes_per_element=1)
+    alone = StepLoad(0, 0, 1, 100, 1)
+    assert step_s(mig.WHOLE, alone, half) < 0.65 * step_s(mig.WHOLE, alone)
+    assert half.kv_bytes_per_token == LLAMA.kv_bytes_per_token
+
+
+@pytest.mark.parametrize(
+    ("card", "slice_name", "linear", "step"),
+    [
+        ("a100-80gb", mig.WHOLE, (3, 4), (6, 8)),  # operators of that architecture were measured
+        ("a100-80gb", "3g.40gb", (4, 6), (7, 9)),  # a slice adds its own error
+        ("l40s", mig.WHOLE, (7, 9), (10, 12)),  # nothing but its data sheet
+    ],
+)
+def test_the_band_widens_with_what_was_not_measured(
+    card: str, slice_name: str, linear: tuple[int, int], step: tuple[int, int]
+) -> None:
+    gpu = catalog.gpu(card)
+    band = roofline.band(gpu, mig.whole(gpu) if slice_name == mig.WHOLE else mig.profile(gpu, slice_name))
+    assert linear[0] < band.linear_layer_percent < linear[1]
+    assert step[0] < band.step_percent < step[1]
+
+
 # --- against measured operators -----------------------------------------------------------------------------------
 
 LINEAR = ("attn_pre_proj_ms", "attn_post_proj_ms", "mlp_up_proj_ms", "mlp_down_proj_ms")
 ELEMENTWISE = ("input_layernorm_ms", "attn_rope_ms", "post_attention_layernorm_ms", "mlp_act_ms", "add_ms")
-# Mean absolute errors as measured stand at each row's end: linear, whole layer. Single rows are off by up to 30 %.
+# Mean absolute errors as measured stand at each row's end: linear operators, whole layer. Constants were fitted on
+# these very files; with a model left out its linear error is 2.5, 3.3, 4.3, 3.9 and 5.5 % in this order.
 PROFILES = [
-    ("a100-llama-2-7b-hf", 0.05, 0.05),  # 4.0 %, 4.2 %
-    ("a100-internlm-20b", 0.05, 0.05),  # 3.8 %, 3.5 %
-    ("a100-codellama-34b-instruct-hf", 0.05, 0.05),  # 4.3 %, 4.1 %
-    ("h100-llama-2-7b-hf", 0.07, 0.07),  # 5.8 %, 4.5 %
-    ("h100-llama-2-70b-hf", 0.07, 0.07),  # 6.3 %, 6.2 %
+    ("a100-codellama-34b-instruct-hf", 0.025, 0.025),  # 2.2 %, 2.2 %
+    ("a100-internlm-20b", 0.033, 0.033),  # 2.9 %, 2.9 %
+    ("a100-llama-2-7b-hf", 0.04, 0.04),  # 3.8 %, 3.7 %
+    ("h100-llama-2-7b-hf", 0.04, 0.04),  # 3.4 %, 3.4 %
+    ("h100-llama-2-70b-hf", 0.05, 0.045),  # 4.7 %, 4.1 %
 ]
 
 
 @pytest.mark.parametrize(("name", "linear_error", "layer_error"), PROFILES)
 def test_a_layer_takes_what_real_cards_measured(
-    name: str,
-    linear_error: float,
-    layer_error: float,
-    data_file: Callable[[str], Path],
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, linear_error: float, layer_error: float, data_file: Callable[[str], Path]
 ) -> None:
-    """One layer is the difference between two layers and one; without its elementwise part, its linear operators."""
+    """1 to 4096 tokens, tensor parallel 1, 2, 4 and 8. A layer is the difference between two layers and one."""
     card = catalog.gpu(name.split("-")[0])
     with data_file(f"gpu-profiles/{name}.csv").open(newline="") as file:
-        rows = [r for r in csv.DictReader(file) if r["tensor_parallel"] == "1" and int(r["num_tokens"]) <= 4096]
-    assert len(rows) > 200
+        rows = [r for r in csv.DictReader(file) if int(r["num_tokens"]) <= 4096]
+    assert len(rows) > 1000
 
-    def error(columns: tuple[str, ...]) -> float:
-        return fmean(abs(layer_ms(row, card) / sum(float(row[c]) for c in columns) - 1) for row in rows)
+    def error(columns: tuple[str, ...], predicted_s: Callable[[StepCosts, int], float]) -> float:
+        return fmean(
+            abs(
+                predicted_s(costs_of(row, card), int(row["num_tokens"])) * 1e3 / sum(float(row[c]) for c in columns) - 1
+            )
+            for row in rows
+        )
 
-    assert error((*LINEAR, *ELEMENTWISE)) < layer_error
-    bare = replace(roofline.CONSTANTS[card.architecture], elementwise_passes=0.0, layer_overhead_s=0.0)
-    monkeypatch.setitem(roofline.CONSTANTS, card.architecture, bare)
-    assert error(LINEAR) < linear_error
+    assert error(LINEAR, StepCosts.linear_layer_s) < linear_error
+    assert error((*LINEAR, *ELEMENTWISE), layer_s) < layer_error
 
 
-def layer_ms(row: dict[str, str], card: catalog.Gpu) -> float:
-    hidden, heads, kv_heads, ffn = (int(row[c]) for c in ("n_embd", "n_head", "n_kv_head", "n_expanded_embd"))
-    one = ModelShape("x", "decoder", 1, hidden, heads, kv_heads, ffn, row["use_gated_mlp"] == "True", 32000, 4096)
-    load = StepLoad(int(row["num_tokens"]), 0, 0, 0, 0)
-    times = [roofline.step_time_s(replace(one, layers=n), card, mig.whole(card), load) for n in (1, 2)]
-    return (times[1] - times[0]) * 1e3
+def layer_s(costs: StepCosts, tokens: int) -> float:
+    """A layer of a prompt without attention and without what cards exchange: what the files hold."""
+    return costs.linear_layer_s(tokens) + costs.elementwise_layer_s(tokens)
+
+
+@cache
+def _costs(card: catalog.Gpu, ways: int, sizes: tuple[int, ...], gated: bool) -> StepCosts:
+    hidden, heads, kv_heads, ffn = sizes
+    one = ModelShape("x", "decoder", 1, hidden, heads, kv_heads, ffn, gated, 32000, 4096)
+    return StepCosts(one, card, mig.whole(card), tensor_parallel=ways)
+
+
+def costs_of(row: dict[str, str], card: catalog.Gpu) -> StepCosts:
+    sizes = tuple(int(row[c]) for c in ("n_embd", "n_head", "n_kv_head", "n_expanded_embd"))
+    return _costs(card, int(row["tensor_parallel"]), sizes, row["use_gated_mlp"] == "True")

@@ -147,7 +147,7 @@ def test_the_plan_is_told(quickstart: Run, make_plan: PlanFor) -> None:
         "cells 4–7",
         "20.0 of 42.0 GiB",
         "4 more layouts",
-        "roofline of the card's data sheet alone",
+        "the emulated GPU alone",
     ):
         assert said in text, said
     cpu = Outline(page.render(quickstart, summarize(quickstart), make_plan(quickstart, gpu="cpu"))).text

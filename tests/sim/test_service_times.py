@@ -11,7 +11,7 @@ from gpuplan.hardware.roofline import StepLoad
 from gpuplan.scenario import deployment, files
 from gpuplan.scenario.demand import Scenario
 from gpuplan.scenario.deployment import Deployment
-from gpuplan.sim.service_times import Fit, ServiceTimes, roofline_timer
+from gpuplan.sim.service_times import Fit, ServiceTimes, step_costs
 from tests.conftest import single_step
 
 LOAD = StepLoad(640, 640 * 64, 0, 0, 10)
@@ -35,8 +35,9 @@ def supply(**card: object) -> Deployment:
 def test_the_basis_is_named(fits: dict[tuple[str, str], Fit], basis: str) -> None:
     times, here = ServiceTimes(fits), supply()
     (replica,) = here.replicas
-    base = roofline_timer(here, replica)
-    assert base is not None
+    costs = step_costs(here, replica)
+    assert costs is not None
+    base = costs.step_s
     assert times.basis(replica) == basis
     expected = base(LOAD) if basis == "roofline" else 0.001 + 2 * base(LOAD) + 640e-6 + 10e-4
     assert times.timer(here, replica)(LOAD) == pytest.approx(expected)

@@ -22,6 +22,10 @@ class Prompt:
     token_ids: Sequence[int]
 
 
+class OutOfMemory(Exception):
+    """A step needs more memory than its slice has."""
+
+
 class Output(NamedTuple):
     """What one request gets from one step: a token's text, or a label with every label's score."""
 

@@ -14,11 +14,12 @@ from collections.abc import Mapping, Sequence
 
 from gpuplan.hardware import roofline
 from gpuplan.hardware.catalog import Gpu
-from gpuplan.hardware.mig import Profile
+from gpuplan.hardware.profiles import Profile
+from gpuplan.hardware.roofline import StepCosts
 from gpuplan.hardware.shapes import ModelShape
 from gpuplan.policy.vocabulary import RunStep
 from gpuplan.record.run import Provenance
-from gpuplan.serve.engines import Engine, Output, Prompt
+from gpuplan.serve.engines import Engine, OutOfMemory, Output, Prompt
 
 # A step decided on so soon after the last one's end was waiting for it: one turn of the event loop.
 FOLLOWS_AT_ONCE_S = 0.0005
@@ -34,8 +35,12 @@ class EmulatedEngine:
 
     provenance: Provenance = "emulated"
 
-    def __init__(self, shape: ModelShape, card: Gpu, part: Profile, answers: Engine | None = None) -> None:
-        self._shape, self._card, self._part, self._answers = shape, card, part, answers
+    def __init__(
+        self, shape: ModelShape, card: Gpu, part: Profile, answers: Engine | None = None, *, processes: int = 1
+    ) -> None:
+        self._shape, self._answers = shape, answers
+        self._costs = StepCosts(shape, card, part, processes=processes)
+        self._band = roofline.band(card, part)
         self._planned_end_s = 0.0
         self._ended_s = 0.0
         self._steps = 0
@@ -50,7 +55,9 @@ class EmulatedEngine:
             await self._answers.load()
 
     async def run(self, step: RunStep, prompts: Mapping[int, Prompt], *, asked_s: float) -> Mapping[int, Output]:
-        seconds = roofline.step_time_s(self._shape, self._card, self._part, step.load)
+        if not self._costs.fits(step.load):
+            raise OutOfMemory(f"{self._costs.memory_bytes(step.load)} bytes do not fit")
+        seconds = self._costs.step_s(step.load)
         waited = asked_s - self._ended_s <= FOLLOWS_AT_ONCE_S
         # Never more than one step's time is made good: a host that cannot keep up is late, and has to show it.
         begun_s = max(self._planned_end_s, asked_s - seconds) if waited else asked_s
@@ -64,10 +71,12 @@ class EmulatedEngine:
         return outputs
 
     def notes(self) -> list[str]:
-        if self._late_steps <= self._steps * LATE_SHARE_MAX:
-            return []
-        share = self._late_steps / self._steps
-        return [f"{share:.1%} of the emulated steps ended over {LATE_S * 1e3:g} ms late: the host was a limit"]
+        band = self._band
+        notes = [f"emulated steps: off by {band.step_percent:g} % on average where checked, by {band.basis}"]
+        if self._late_steps > self._steps * LATE_SHARE_MAX:
+            share = self._late_steps / self._steps
+            notes.append(f"{share:.1%} of the emulated steps ended over {LATE_S * 1e3:g} ms late: the host was a limit")
+        return notes
 
     async def close(self) -> None:
         if self._answers:

@@ -1,0 +1,118 @@
+"""What a matrix multiplication costs on a slice of a card.
+
+`seconds(rows, columns, inner, ...)` takes arrays and gives seconds: an output of `rows` x `columns` is cut into tiles,
+every SM works on one tile at a time, so the tiles need whole waves; each candidate tile shape and split of the inner
+dimension is costed, and the cheapest counts, as a library's heuristics would have it. A tile's time is the larger of
+its multiplications and of what it draws through the L2 cache; over it all lies the time of reading the operands from
+memory, joined by a smooth maximum (Williams et al., Roofline, CACM 2009). A long kernel draws the card to its power
+limit and the clock falls.
+
+The constants were fitted on published medians of four linear operators (microsoft/vidur, MIT licence; A100-80GB and
+H100, fp16, 1 to 4096 tokens, tensor parallel 1, 2, 4 and 8). `benchmarks/emulator_fidelity.py` repeats the fit and the
+comparison; `roofline.band` has what came of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What a slice computes with. `flops_per_s` is at the operands' precision, `l2_flops_per_s` at fp16: the L2 cache
+    is as fast as the SMs it feeds, whatever the operands are."""
+
+    flops_per_s: float
+    l2_flops_per_s: float
+    bytes_per_s: float
+    sm_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Constants:
+    """What an architecture makes of its data sheet.
+
+    `full_loss` is the share of speed lost when all SMs are busy at once, `tile_start_s` what every wave of tiles takes
+    before and after its multiplications, `flops_per_l2_byte` the L2 cache's pace. A kernel that computes for
+    `hot_after_s` has lost half of `hot_loss` in clock. The last two are for what is no matrix multiplication: norms,
+    rotations, activations and additions of a layer.
+    """
+
+    compute_efficiency: float
+    memory_efficiency: float
+    launch_s: float
+    flops_per_l2_byte: float
+    full_loss: float
+    tile_start_s: float
+    hot_after_s: float
+    hot_loss: float
+    elementwise_launch_s: float
+    elementwise_passes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """What is the same on every architecture: how sharp the smooth maximum is, how much of a last, partly filled wave
+    is lost, and what writing costs: partial sums of a split, and results that nothing hides."""
+
+    sharpness: float
+    wave_loss: float
+    split_writes: float
+    unhidden_writes: float
+
+
+STRUCTURE = Structure(sharpness=2.395, wave_loss=0.758, split_writes=0.707, unhidden_writes=0.174)
+
+# (rows, columns, splits of the inner dimension). More shapes gained nothing on the operators above.
+TILES = tuple(
+    (rows, columns, splits)
+    for rows, columns in ((64, 64), (64, 128), (128, 128), (128, 256), (256, 128))
+    for splits in (1, 2, 4)
+)
+ACCUMULATOR_BYTES = 4
+
+
+def seconds(
+    rows: Floats,
+    columns: Floats,
+    inner: Floats,
+    *,
+    element_bytes: float,
+    means: Means,
+    constants: Constants,
+    structure: Structure = STRUCTURE,
+) -> Floats:
+    """Seconds of multiplying (rows x inner) by (inner x columns), for arrays of any one shape."""
+    import numpy as np
+
+    m, n, k = (np.asarray(size, dtype=float)[..., None] for size in (rows, columns, inner))
+    tile_rows, tile_columns, splits = np.array(TILES, dtype=float).T
+    tiles = np.ceil(m / tile_rows) * np.ceil(n / tile_columns)
+    may_split = (splits == 1) | (tiles <= means.sm_count)
+    tiles = tiles * splits
+    filled = tiles / means.sm_count
+    whole_waves = np.ceil(filled)
+    waves = structure.wave_loss * whole_waves + (1 - structure.wave_loss) * np.maximum(filled, 1.0)
+    efficiency = constants.compute_efficiency * (1 - constants.full_loss * filled / whole_waves)
+    tile_s = 2 * tile_rows * tile_columns * k / splits * means.sm_count / (means.flops_per_s * efficiency)
+    l2_bytes = element_bytes * tiles * (np.minimum(tile_rows, m) + tile_columns) * k / splits
+    compute_s = np.maximum(
+        waves * (tile_s + constants.tile_start_s), l2_bytes * constants.flops_per_l2_byte / means.l2_flops_per_s
+    )
+    heat = (compute_s / constants.hot_after_s) ** 2
+    compute_s = compute_s * (1 + constants.hot_loss * heat / (1 + heat))
+    memory_s = element_bytes * (n * k + m * k + m * n) / (means.bytes_per_s * constants.memory_efficiency)
+    unhidden_bytes = structure.unhidden_writes * 2 * m * n
+    unhidden_bytes = unhidden_bytes + np.where(
+        splits > 1, structure.split_writes * ACCUMULATOR_BYTES * splits * m * n, 0.0
+    )
+    p = structure.sharpness
+    total_s = (compute_s**p + memory_s**p) ** (1 / p) + unhidden_bytes / means.bytes_per_s + constants.launch_s
+    best: Floats = np.where(may_split, total_s, np.inf).min(axis=-1)
+    return best
