@@ -103,7 +103,7 @@ class StepCosts:
         self._bytes_per_s = card.bandwidth_bytes_per_s * cells
         self._means = Means(self._flops_per_s, card.flops.fp16 * sms, self._bytes_per_s, part.sm_count)
         hidden, ways = model.hidden, tensor_parallel
-        queries, keys = model.heads * model.head_size // ways, max(model.kv_heads // ways, 1) * model.head_size
+        queries, keys = model.heads * model.head // ways, max(model.kv_heads // ways, 1) * model.head
         ffn = model.ffn // ways
         self._layer = (
             (queries + 2 * keys, hidden),

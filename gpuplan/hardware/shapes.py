@@ -1,20 +1,21 @@
 """The models gpuplan can emulate, by shape: what a step reads and computes follows from these numbers alone.
 
-Shapes are those of the models' published `config.json`. `role` says what a request gets back: a `decoder` streams
-tokens, a `classifier` answers once.
+Shapes are those of the models' published `config.json`; `from_config` reads any other one. `role` says what a request
+gets back: a `decoder` streams tokens, a `classifier` answers once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from gpuplan.errors import unknown_name
+from gpuplan.errors import InputError, unknown_name
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """A transformer. Sizes are counts of elements; weights and KV cache take `bytes_per_element` each."""
+    """A transformer. Sizes are counts of elements; each weight takes `bytes_per_element`."""
 
     name: str
     role: Literal["decoder", "classifier"]
@@ -27,23 +28,28 @@ class ModelShape:
     vocabulary: int
     context_tokens_max: int
     bytes_per_element: float = 2
+    head_size: int | None = None
+    """Elements of one attention head where that is not hidden / heads."""
+    tied_embeddings: bool = False
+    """Whether a decoder's output head is its embedding and takes no memory of its own."""
     kv_bytes_per_element: float = 2
+    """Of the KV cache, which servers keep in fp16 beside quantised weights unless told otherwise."""
 
     @property
-    def head_size(self) -> int:
-        return self.hidden // self.heads
+    def head(self) -> int:
+        """Elements of one attention head."""
+        return self.head_size or self.hidden // self.heads
 
     @property
     def layer_parameters(self) -> int:
         """Weights of one layer's linear operators: QKV, attention output, FFN."""
-        head = self.hidden // self.heads
-        attention = self.hidden * (self.heads + 2 * self.kv_heads) * head + self.hidden * self.hidden
+        attention = self.hidden * self.head * (2 * self.heads + 2 * self.kv_heads)
         return attention + self.hidden * self.ffn * (3 if self.gated_ffn else 2)
 
     @property
     def weights_bytes(self) -> int:
-        """Layers, embedding and (for decoders) an output head of the same size."""
-        tables = self.vocabulary * self.hidden * (2 if self.role == "decoder" else 1)
+        """Layers, embedding and (for decoders, unless tied) an output head of the same size."""
+        tables = self.vocabulary * self.hidden * (2 if self.role == "decoder" and not self.tied_embeddings else 1)
         return int((self.layers * self.layer_parameters + tables) * self.bytes_per_element)
 
     @property
@@ -51,7 +57,7 @@ class ModelShape:
         """Keys and values of every layer for one token; zero for a model that keeps none."""
         if self.role != "decoder":
             return 0
-        return int(2 * self.layers * self.kv_heads * self.head_size * self.kv_bytes_per_element)
+        return int(2 * self.layers * self.kv_heads * self.head * self.kv_bytes_per_element)
 
 
 SHAPES: dict[str, ModelShape] = {
@@ -62,8 +68,14 @@ SHAPES: dict[str, ModelShape] = {
         ModelShape("llama-2-70b", "decoder", 80, 8192, 64, 8, 28672, True, 32000, 4096),
         ModelShape("llama-3-8b", "decoder", 32, 4096, 32, 8, 14336, True, 128256, 8192),
         ModelShape("llama-3-70b", "decoder", 80, 8192, 64, 8, 28672, True, 128256, 8192),
+        ModelShape("llama-3.1-8b", "decoder", 32, 4096, 32, 8, 14336, True, 128256, 131072),
+        ModelShape("llama-3.1-70b", "decoder", 80, 8192, 64, 8, 28672, True, 128256, 131072),
+        ModelShape("codellama-34b", "decoder", 48, 8192, 64, 8, 22016, True, 32000, 16384),
         ModelShape("mistral-7b", "decoder", 32, 4096, 32, 8, 14336, True, 32000, 32768),
         ModelShape("qwen2.5-7b", "decoder", 28, 3584, 28, 4, 18944, True, 152064, 32768),
+        ModelShape("qwen2.5-72b", "decoder", 80, 8192, 64, 8, 29568, True, 152064, 32768),
+        ModelShape("internlm-20b", "decoder", 60, 5120, 40, 40, 13824, True, 103168, 4096),
+        ModelShape("phi-2", "decoder", 32, 2560, 32, 32, 10240, False, 51200, 2048),
         ModelShape("bert-base", "classifier", 12, 768, 12, 12, 3072, False, 30522, 512),
         ModelShape("minilm-l6", "classifier", 6, 384, 12, 12, 1536, False, 30522, 512),
         # The built-in classifier is a pooled embedding and a two-layer perceptron; on an emulated card it is timed
@@ -79,3 +91,66 @@ def shape(name: str, *, key: str = "models") -> ModelShape:
     if found is None:
         raise unknown_name("model shape", name, SHAPES, key=key)
     return found
+
+
+# --- Hugging Face's config.json -----------------------------------------------------------------------------------
+
+# What families call the same number, in the order in which it is looked for.
+_NAMES = {
+    "layers": ("num_hidden_layers", "n_layer", "n_layers"),
+    "hidden": ("hidden_size", "n_embd", "dim"),
+    "heads": ("num_attention_heads", "n_head", "n_heads"),
+    "ffn": ("intermediate_size", "n_inner", "hidden_dim"),
+    "vocabulary": ("vocab_size",),
+    "context_tokens_max": ("max_position_embeddings", "n_positions", "n_ctx"),
+}
+_CLASSIFIER_FAMILIES = {"bert", "distilbert", "roberta", "xlm-roberta", "camembert", "electra", "deberta-v2", "mpnet"}
+# What a family's configurations may leave unsaid: the output head is tied, the FFN gated though with a GELU.
+_TIED_FAMILIES = {"gpt2", "gemma", "gemma2"}
+_GATED_FAMILIES = {"gemma", "gemma2"}
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
+def from_config(config: Mapping[str, Any], *, key: str = "config.json") -> ModelShape:
+    """The shape in a Hugging Face `config.json`, with 16-bit weights whatever the file's own type.
+
+    Raises InputError for a key that is missing or no number, and for mixtures of experts, which have no such shape.
+    """
+    if expert := next((name for name in _EXPERTS if config.get(name)), None):
+        raise InputError(f"a mixture of experts ({expert}) is not supported", key=key, allowed="a dense model")
+    family = str(config.get("model_type", ""))
+    names = " ".join(map(str, config.get("architectures") or ()))
+    answers_once = family in _CLASSIFIER_FAMILIES if not names else "CausalLM" not in names and "LMHead" not in names
+    found = {field: _number(config, alternatives, key) for field, alternatives in _NAMES.items() if field != "ffn"}
+    heads, hidden = found["heads"], found["hidden"]
+    kv_heads = _number(config, ("num_key_value_heads",), key, default=heads)
+    # GPT-2 and the first phi write null for the usual four times.
+    ffn_unsaid = 4 * hidden if "n_inner" in config else None
+    activation = str(config.get("hidden_act", config.get("activation_function", "")))
+    head_size = _number(config, ("head_dim",), key, default=hidden // heads)
+    return ModelShape(
+        name=str(config.get("_name_or_path") or family or "own").rstrip("/").split("/")[-1],
+        role="classifier" if answers_once else "decoder",
+        layers=found["layers"],
+        hidden=hidden,
+        heads=heads,
+        kv_heads=kv_heads,
+        ffn=_number(config, _NAMES["ffn"], key, default=ffn_unsaid),
+        gated_ffn=family in _GATED_FAMILIES or activation in ("silu", "swish"),
+        vocabulary=found["vocabulary"],
+        context_tokens_max=found["context_tokens_max"],
+        head_size=None if head_size * heads == hidden else head_size,
+        tied_embeddings=bool(config.get("tie_word_embeddings", family in _TIED_FAMILIES)),
+    )
+
+
+def _number(config: Mapping[str, Any], names: tuple[str, ...], key: str, *, default: int | None = None) -> int:
+    name = next((name for name in names if config.get(name) is not None), None)
+    if name is None:
+        if default is None:
+            raise InputError(f"{names[0]} is missing", key=key, allowed="a Hugging Face config.json of a transformer")
+        return default
+    value = config[name]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{name} is no count", key=key, value=value, allowed="a whole number above zero")
+    return value

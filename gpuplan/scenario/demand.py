@@ -101,12 +101,38 @@ class TrafficClass(Section, frozen=True):
         return {metric: max(limits.values()) for metric, limits in self.slo.items()}
 
 
+class ShapeSpec(Section, frozen=True):
+    """A transformer by its numbers: the fields of `hardware.shapes.ModelShape`. `kv_heads` left out: as `heads`."""
+
+    layers: Count
+    hidden: Count
+    heads: Count
+    ffn: Count
+    vocabulary: Count
+    context_tokens_max: Count
+    role: Literal["decoder", "classifier"] = "decoder"
+    kv_heads: Count | None = None
+    gated_ffn: bool = True
+    head_size: Count | None = None
+    tied_embeddings: bool = False
+    bytes_per_element: Annotated[float, Meta(ge=0.5, le=4.0)] = 2
+    kv_bytes_per_element: Annotated[float, Meta(ge=0.5, le=4.0)] = 2
+    name: Annotated[str, Meta(min_length=1, max_length=128)] = "own"
+
+
 class ModelSource(Section, frozen=True):
-    """Exactly one of: `builtin` (a model the package makes itself), `onnx` (a file), `emulate` (a model shape)."""
+    """Exactly one of: `builtin` (a model the package makes itself), `onnx` (a file), `emulate` (a known shape's name),
+    `shape` (one's own, or the path of a Hugging Face `config.json`, which `files.load` replaces by what it says)."""
 
     builtin: Literal["sentiment"] | None = None
     onnx: str | None = None
     emulate: str | None = None
+    shape: ShapeSpec | str | None = None
+
+    @property
+    def emulated(self) -> bool:
+        """Whether nothing but a shape is known of the model."""
+        return self.emulate is not None or self.shape is not None
 
 
 class BatchingSpec(Section, frozen=True):
@@ -138,12 +164,33 @@ class AutoscaleSpec(Section, frozen=True):
     max_gpus: Annotated[int, Meta(ge=1, le=1024)] = 8
 
 
+Cells = Annotated[int, Meta(ge=1, le=64)]
+
+
+class MigProfileSpec(Section, frozen=True):
+    """A MIG profile as a real card reports it. `cells` are the whole card's; left out: as the catalogue has them."""
+
+    name: str
+    slices: Cells
+    width: Cells
+    starts: list[Annotated[int, Meta(ge=0, lt=64)]]
+    count_max: Cells
+    memory_gib: Annotated[float, Meta(gt=0.0)]
+    sm_count: Count
+    cells: Cells | None = None
+    profile_id: Annotated[int, Meta(ge=0)] | None = None
+
+
 class DeploymentSpec(Section, frozen=True):
-    """The file's `deployment`: `count` cards of one kind, each cut by `mig` (left out: not cut)."""
+    """The file's `deployment`: `count` cards of one kind, each cut by `mig` (left out: not cut).
+
+    `mig_profiles` win over the catalogue's: what NVML said of the card that a run was measured on.
+    """
 
     gpu: str
     count: Annotated[int, Meta(ge=1, le=1024)] = 1
     mig: list[str] = []
+    mig_profiles: list[MigProfileSpec] = []
     replicas: list[ReplicaSpec] = []
     batching: dict[str, BatchingSpec] = {}
     autoscale: AutoscaleSpec = AutoscaleSpec()

@@ -6,15 +6,23 @@ InputError for what cannot be: a layout the card does not allow, a slice that is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import msgspec
 
 from gpuplan.errors import InputError
-from gpuplan.hardware import catalog, mig, roofline, shapes
-from gpuplan.scenario.demand import AutoscaleSpec, BatchingSpec, DeploymentSpec, ModelSource, ReplicaSpec, Scenario
+from gpuplan.hardware import catalog, mig, profiles, roofline, shapes
+from gpuplan.scenario.demand import (
+    AutoscaleSpec,
+    BatchingSpec,
+    DeploymentSpec,
+    MigProfileSpec,
+    ModelSource,
+    ReplicaSpec,
+    Scenario,
+)
 
 CPU = "cpu"
 
@@ -80,13 +88,50 @@ class Deployment:
 
 def role(source: ModelSource) -> Role:
     """What a request to this model gets back: a stream of tokens or one answer."""
-    return shapes.shape(source.emulate).role if source.emulate else "classifier"
+    shape = shape_of(source)
+    return shape.role if shape and source.emulated else "classifier"
 
 
 def shape_of(source: ModelSource) -> shapes.ModelShape | None:
     """The shape by which a model is emulated and planned; None for an ONNX file, which has to be measured."""
+    if isinstance(source.shape, str):
+        raise InputError("a path is read where the scenario file is", key="models", value=source.shape)
+    if source.shape is not None:
+        sizes = msgspec.structs.asdict(source.shape)
+        return shapes.ModelShape(**{**sizes, "kv_heads": source.shape.kv_heads or source.shape.heads})
     name = source.emulate or source.builtin
     return shapes.shape(name) if name else None
+
+
+def card_of(spec: DeploymentSpec) -> catalog.Gpu | None:
+    """The deployment's card, with the MIG profiles that the file gives for it; None for the host's CPU."""
+    if spec.gpu.lower() == CPU:
+        return None
+    card = catalog.gpu(spec.gpu)
+    rows = spec.mig_profiles
+    if not rows:
+        return card
+    reach = max(max(row.starts, default=0) + row.width for row in rows)
+    cells = card.profiles[0].cells if card.profiles else reach
+    return replace(card, profiles=tuple(_profile(row, cells, i) for i, row in enumerate(rows)))
+
+
+def profile_rows(seen: Iterable[mig.Profile]) -> list[MigProfileSpec]:
+    """Profiles as the rows of `deployment.mig_profiles`, so that a run keeps what its card reported."""
+    return [
+        MigProfileSpec(
+            name=p.name,
+            slices=p.slices,
+            width=p.width,
+            starts=list(p.starts),
+            count_max=p.count_max,
+            memory_gib=p.memory_bytes / catalog.GIB,
+            sm_count=p.sm_count,
+            cells=p.cells,
+            profile_id=p.profile_id,
+        )
+        for p in seen
+    ]
 
 
 def resolve(scenario: Scenario) -> Deployment:
@@ -96,15 +141,14 @@ def resolve(scenario: Scenario) -> Deployment:
 
 def build(spec: DeploymentSpec, models: Mapping[str, ModelSource]) -> Deployment:
     """Places every slice and gives each replica one. Raises InputError naming the key that cannot be met."""
-    gpu: catalog.Gpu | None
     layout: tuple[str, ...]
-    if spec.gpu.lower() == CPU:
+    gpu = card_of(spec)
+    if gpu is None:
         if spec.mig:
             raise InputError("a CPU has no MIG slices", key="deployment.mig", value=spec.mig, allowed="leave it out")
-        gpu, layout = None, (CPU,)
-        slices = tuple(Slice(0, None, 0) for replica in _replica_specs(spec, models) for _ in range(replica.count))
+        layout = (CPU,)
+        slices = tuple(Slice(0, None, 0) for replica in _replica_specs(spec, gpu, models) for _ in range(replica.count))
     else:
-        gpu = catalog.gpu(spec.gpu)
         slices = tuple(part for i in range(spec.count) for part in _cut(gpu, i, spec.mig))
         layout = tuple(part.name for part in slices if part.gpu_index == 0)
     price = spec.price_per_hour if spec.price_per_hour is not None else gpu.price_per_hour if gpu else 0.0
@@ -114,7 +158,7 @@ def build(spec: DeploymentSpec, models: Mapping[str, ModelSource]) -> Deployment
         price_per_hour=price,
         layouts=(layout,) * spec.count,
         slices=slices,
-        replicas=_assign(_replica_specs(spec, models), models, list(slices)),
+        replicas=_assign(_replica_specs(spec, gpu, models), gpu, models, list(slices)),
         batching=batching,
         autoscale=spec.autoscale,
         models=dict(models),
@@ -142,13 +186,14 @@ def _cut(gpu: catalog.Gpu, index: int, names: list[str]) -> list[Slice]:
     return [Slice(index, placed.profile, placed.start) for placed in mig.place(gpu, names)]
 
 
-def _replica_specs(spec: DeploymentSpec, models: Mapping[str, ModelSource]) -> list[ReplicaSpec]:
+def _replica_specs(
+    spec: DeploymentSpec, gpu: catalog.Gpu | None, models: Mapping[str, ModelSource]
+) -> list[ReplicaSpec]:
     """The replicas asked for; with none named, one of every model, the largest model on the largest slice."""
     if spec.replicas:
         return spec.replicas
-    if spec.gpu.lower() == CPU:
+    if gpu is None:
         return [ReplicaSpec(model=name, slice=CPU) for name in models]
-    gpu = catalog.gpu(spec.gpu)
     free = sorted(
         (part.profile for part in _cut(gpu, 0, spec.mig) if part.profile),
         key=lambda p: (p.memory_bytes, p.sm_count),
@@ -164,7 +209,9 @@ def _replica_specs(spec: DeploymentSpec, models: Mapping[str, ModelSource]) -> l
     return [ReplicaSpec(model=name, slice=part.name) for name, part in zip(by_size, free, strict=False)]
 
 
-def _assign(specs: list[ReplicaSpec], models: Mapping[str, ModelSource], free: list[Slice]) -> tuple[Replica, ...]:
+def _assign(
+    specs: list[ReplicaSpec], gpu: catalog.Gpu | None, models: Mapping[str, ModelSource], free: list[Slice]
+) -> tuple[Replica, ...]:
     replicas: list[Replica] = []
     for i, spec in enumerate(specs):
         key = f"deployment.replicas[{i}]"
@@ -172,7 +219,7 @@ def _assign(specs: list[ReplicaSpec], models: Mapping[str, ModelSource], free: l
             raise InputError("no such model", key=f"{key}.model", value=spec.model, allowed=", ".join(models))
         source = models[spec.model]
         on_cpu = all(part.profile is None for part in free) and bool(free)
-        wanted = CPU if on_cpu and spec.slice == mig.WHOLE else spec.slice
+        wanted = CPU if on_cpu and spec.slice == mig.WHOLE else _slice_name(gpu, spec.slice)
         for _ in range(spec.count):
             part = next((part for part in free if part.name == wanted), None)
             if part is None:
@@ -187,12 +234,46 @@ def _assign(specs: list[ReplicaSpec], models: Mapping[str, ModelSource], free: l
     return tuple(replicas)
 
 
-def _kv_tokens(source: ModelSource, part: Slice, processes: int, key: str) -> int | None:
-    if source.emulate and part.profile is None:
+def _slice_name(gpu: catalog.Gpu | None, name: str) -> str:
+    """The name that the card's profile has, where another driver's was written; any other word as it is."""
+    if gpu is None or not gpu.profiles or profiles.parsed(name) is None:
+        return name
+    try:
+        return mig.profile(gpu, name).name
+    except InputError:
+        return name  # no slice has it, which is said with the slices that are there
+
+
+def _profile(row: MigProfileSpec, cells: int, index: int) -> mig.Profile:
+    key = f"deployment.mig_profiles[{index}]"
+    named = profiles.parsed(row.name)
+    if named is None:
+        raise InputError("no name of a MIG profile", key=f"{key}.name", value=row.name, allowed="e.g. 3g.40gb")
+    cells = row.cells or cells
+    if not row.starts or max(row.starts) + row.width > cells:
         raise InputError(
-            f"{source.emulate} is emulated on a GPU, and this is a CPU", key="deployment.gpu", allowed="a card's name"
+            "does not lie on the card", key=f"{key}.starts", value=row.starts, allowed=f"cells 0 to {cells - row.width}"
         )
+    return mig.Profile(
+        name=row.name,
+        slices=row.slices,
+        width=row.width,
+        starts=tuple(row.starts),
+        count_max=row.count_max,
+        memory_bytes=round(row.memory_gib * catalog.GIB),
+        sm_count=row.sm_count,
+        cells=cells,
+        suffix=named[2],
+        profile_id=row.profile_id,
+    )
+
+
+def _kv_tokens(source: ModelSource, part: Slice, processes: int, key: str) -> int | None:
     model = shape_of(source)
+    if model and source.emulated and part.profile is None:
+        raise InputError(
+            f"{model.name} is emulated on a GPU, and this is a CPU", key="deployment.gpu", allowed="a card's name"
+        )
     if model is None or part.profile is None:
         return None
     tokens = roofline.kv_capacity_tokens(model, part.profile, processes=processes)

@@ -1,11 +1,14 @@
 """Scenario files: from YAML to a checked `Scenario`, and every error with its file, line and key.
 
 `load` reads the text (`text`), fills the structs of `demand` (`build`), and `check` holds what types cannot say. Paths
-in a file are relative to the file.
+in a file are relative to the file. A model's `config.json` is read once, here: the scenario that a run keeps holds the
+shape itself.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +30,7 @@ def load(path: Path, *, gpu_auto: Callable[[], str | None] | None = None) -> Sce
     """
     data, lines = text.read(path)
     try:
-        scenario = _with_absolute_paths(build(data, Scenario), path.resolve().parent)
+        scenario = _with_shapes(_with_absolute_paths(build(data, Scenario), path.resolve().parent))
         if scenario.deployment.gpu.lower() == "auto":
             here = gpu_auto() if gpu_auto else None
             if here is None:
@@ -65,6 +68,8 @@ def check(scenario: Scenario) -> None:
         _exactly_one(source, f"models.{name}")
         if source.emulate is not None:
             shapes.shape(source.emulate, key=f"models.{name}.emulate")
+        if isinstance(source.shape, demand.ShapeSpec):
+            _check_shape(source.shape, f"models.{name}.shape")
     seen: set[str] = set()
     for i, traffic in enumerate(scenario.traffic):
         _check_class(scenario, traffic, f"traffic[{i}]")
@@ -129,6 +134,17 @@ def _check_class(scenario: Scenario, traffic: demand.TrafficClass, key: str) -> 
                 )
 
 
+def _check_shape(shape: demand.ShapeSpec, key: str) -> None:
+    if shape.head_size is None and shape.hidden % shape.heads:
+        raise InputError(
+            "must divide hidden", key=f"{key}.heads", value=shape.heads, allowed=f"a divisor of {shape.hidden}"
+        )
+    if shape.kv_heads is not None and shape.heads % shape.kv_heads:
+        raise InputError(
+            "must divide heads", key=f"{key}.kv_heads", value=shape.kv_heads, allowed=f"a divisor of {shape.heads}"
+        )
+
+
 def _check_lengths(lengths: demand.Lengths, key: str) -> None:
     _exactly_one(lengths, key)
     if lengths.uniform and lengths.uniform.min > lengths.uniform.max:
@@ -164,10 +180,12 @@ def _with_absolute_paths(scenario: Scenario, folder: Path) -> Scenario:
     def absolute(name: str) -> str:
         return os.path.abspath(folder / name)
 
-    models = {
-        name: msgspec.structs.replace(source, onnx=absolute(source.onnx)) if source.onnx else source
-        for name, source in scenario.models.items()
-    }
+    def located(source: demand.ModelSource) -> demand.ModelSource:
+        if isinstance(source.shape, str):
+            return msgspec.structs.replace(source, shape=absolute(source.shape))
+        return msgspec.structs.replace(source, onnx=absolute(source.onnx)) if source.onnx else source
+
+    models = {name: located(source) for name, source in scenario.models.items()}
     traffic = [
         msgspec.structs.replace(c, arrivals=msgspec.structs.replace(c.arrivals, file=absolute(c.arrivals.file)))
         if isinstance(c.arrivals, demand.Trace)
@@ -175,3 +193,28 @@ def _with_absolute_paths(scenario: Scenario, folder: Path) -> Scenario:
         for c in scenario.traffic
     ]
     return msgspec.structs.replace(scenario, models=models, traffic=traffic)
+
+
+def _with_shapes(scenario: Scenario) -> Scenario:
+    """Every `shape: path` replaced by the shape that the `config.json` there (a file, or in a folder) describes."""
+    models = {
+        name: msgspec.structs.replace(source, shape=_read_shape(Path(source.shape), f"models.{name}.shape"))
+        if isinstance(source.shape, str)
+        else source
+        for name, source in scenario.models.items()
+    }
+    return msgspec.structs.replace(scenario, models=models)
+
+
+def _read_shape(path: Path, key: str) -> demand.ShapeSpec:
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read: {error.strerror}", key=key, value=str(path)) from None
+    except (ValueError, RecursionError):
+        raise InputError("not JSON", key=key, value=str(path), allowed="a Hugging Face config.json") from None
+    if not isinstance(config, dict):
+        raise InputError("needs a mapping", key=key, value=str(path), allowed="a Hugging Face config.json")
+    shape = shapes.from_config(config, key=key)
+    return build(dataclasses.asdict(shape), demand.ShapeSpec, key)

@@ -32,7 +32,7 @@ def engine_for(replica: Replica, deployment: Deployment, *, card_present: bool, 
     card, part = deployment.gpu, replica.slice.profile
     if card is None or part is None:
         return _onnx(source, provider=CPU_PROVIDER, threads=_threads_each(deployment))
-    if source.emulate and shape:
+    if source.emulated and shape:
         return EmulatedEngine(shape, card, part, processes=replica.processes)
     if card_present and part.name == mig.WHOLE:
         return _onnx(source, provider=CUDA_PROVIDER, threads=1, memory_bytes_max=part.memory_bytes)
