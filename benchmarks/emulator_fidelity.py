@@ -88,7 +88,8 @@ class Operators:
     def ratios(self, constants: Constants, structure: Structure) -> tuple[Floats, Floats]:
         """Predicted over measured: of every operator, and of every layer."""
         card = self.card
-        means = Means(card.flops.fp16, card.flops.fp16, card.bandwidth_bytes_per_s, card.sm_count)
+        pace = matmul.l2_pace(card.flops.fp16, card.sm_count, card.sm_clock_hz)
+        means = Means(card.flops.fp16, pace, card.bandwidth_bytes_per_s, card.sm_count)
         each = matmul.seconds(
             self.rows,
             self.columns,
@@ -112,7 +113,7 @@ PHYSICAL = {
     "compute_efficiency": (0.7, 1.25, 1.0),
     "memory_efficiency": (0.7, 1.1, 0.88),
     "launch_s": (0.0, 7e-6, 4e-6),
-    "flops_per_l2_byte": (20.0, 115.0, 85.0),
+    "flops_per_l2_byte": (20.0, 90.0, 70.0),
     "full_loss": (0.0, 0.3, 0.1),
     "tile_start_s": (0.0, 3e-6, 1e-6),
     "hot_after_s": (100e-6, 2500e-6, 500e-6),

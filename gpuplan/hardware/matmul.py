@@ -15,6 +15,7 @@ comparison; `roofline.band` has what came of it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import log2, sqrt
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,13 +26,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Means:
-    """What a slice computes with. `flops_per_s` is at the operands' precision, `l2_flops_per_s` at fp16: the L2 cache
-    is as fast as the SMs it feeds, whatever the operands are."""
+    """What a slice computes with, by data sheet. `flops_per_s` is at the operands' precision; `l2_pace` is what its L2
+    cache delivers, in units that `Constants.flops_per_l2_byte` turns into bytes per second (see `l2_pace`)."""
 
     flops_per_s: float
-    l2_flops_per_s: float
+    l2_pace: float
     bytes_per_s: float
     sm_count: int
+
+
+AMPERE_FLOPS_PER_CYCLE = 2048
+"""Of one A100 SM's tensor cores, fp16, dense."""
+
+
+def l2_pace(fp16_flops_per_s: float, sm_count: int, sm_clock_hz: float) -> float:
+    """How an L2 cache grows with the tensor cores it feeds, in FLOP/s of an A100's.
+
+    With more SMs and faster clocks in proportion; with wider tensor cores by the square root only, as operands are
+    shared among SMs for the rest. So an A100's constants come within 6 % of an H100's layers, and the other way round;
+    in proportion or not at all, each would be off by 15 % and more. Widths are powers of two: a sheet's clocks are not
+    always those of its FLOP/s.
+    """
+    flops_per_cycle = 2 ** round(log2(fp16_flops_per_s / (sm_count * sm_clock_hz)))
+    return fp16_flops_per_s / sqrt(flops_per_cycle / AMPERE_FLOPS_PER_CYCLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +56,7 @@ class Constants:
     """What an architecture makes of its data sheet.
 
     `full_loss` is the share of speed lost when all SMs are busy at once, `tile_start_s` what every wave of tiles takes
-    before and after its multiplications, `flops_per_l2_byte` the L2 cache's pace. A kernel that computes for
+    before and after its multiplications, `flops_per_l2_byte` what the L2 cache's pace is measured in. A kernel that computes for
     `hot_after_s` has lost half of `hot_loss` in clock. The last two are for what is no matrix multiplication: norms,
     rotations, activations and additions of a layer.
     """
@@ -103,7 +120,7 @@ def seconds(
     tile_s = 2 * tile_rows * tile_columns * k / splits * means.sm_count / (means.flops_per_s * efficiency)
     l2_bytes = element_bytes * tiles * (np.minimum(tile_rows, m) + tile_columns) * k / splits
     compute_s = np.maximum(
-        waves * (tile_s + constants.tile_start_s), l2_bytes * constants.flops_per_l2_byte / means.l2_flops_per_s
+        waves * (tile_s + constants.tile_start_s), l2_bytes * constants.flops_per_l2_byte / means.l2_pace
     )
     heat = (compute_s / constants.hot_after_s) ** 2
     compute_s = compute_s * (1 + constants.hot_loss * heat / (1 + heat))
