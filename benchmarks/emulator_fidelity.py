@@ -253,8 +253,8 @@ def _tpot_s(row: tuple) -> float:  # type: ignore[type-arg]
     context = prompt + output / 2
     free = MEMORY_SHARE_USED * ways * card.memory_bytes - model.weights_bytes - ways * roofline.RUNTIME_MEMORY_BYTES
     running = min(concurrency, max(int(free / model.kv_bytes_per_token / context), 1))
-    decode_s = costs.step_s(StepLoad(0, 0, running, int(running * context), running)) - roofline.STEP_OVERHEAD_S
-    prefill_s = costs.step_s(StepLoad(prompt, prompt * (prompt + 1) // 2, 0, 0, 1)) - roofline.STEP_OVERHEAD_S
+    decode_s = costs.step_s(StepLoad.of_decodes(running, int(context))) - roofline.STEP_OVERHEAD_S
+    prefill_s = costs.step_s(StepLoad.of_prompt(prompt)) - roofline.STEP_OVERHEAD_S
     return decode_s + (running - 1) / output * prefill_s
 
 

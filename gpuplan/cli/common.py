@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+COUNT_MAX = 1_000_000
+
 
 def load_scenario(path: Path, *, duration: str | None = None, seed: int | None = None) -> Scenario:
     """The checked scenario with the command line's overrides, which must have traffic."""
@@ -129,3 +131,13 @@ def make_plan(run: Run, *, quiet: bool) -> dict[str, Any] | None:
     except GpuplanError as error:
         sys.stderr.write(f"no plan: {error}\n")
     return None
+
+
+def counts(text: str, *, key: str) -> list[int]:
+    """Whole numbers above zero between commas. Raises InputError."""
+    from gpuplan.errors import InputError
+
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdigit() and 0 < int(word) <= COUNT_MAX for word in words):
+        raise InputError("not a list of counts", key=key, value=text, allowed=f"e.g. 1,64,4096; each up to {COUNT_MAX}")
+    return [int(word) for word in words]

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from math import hypot
+from typing import Literal
 
 from msgspec import Struct
 
@@ -34,6 +35,16 @@ class StepLoad(Struct, frozen=True):
     context_tokens: int
     samples: int
 
+    @classmethod
+    def of_prompt(cls, tokens: int) -> StepLoad:
+        """A whole prompt, and the first token after it."""
+        return cls(tokens, tokens * (tokens + 1) // 2, 0, 0, 1)
+
+    @classmethod
+    def of_decodes(cls, sequences: int, context: int) -> StepLoad:
+        """One token for each of `sequences`, which have read and written `context` tokens before."""
+        return cls(0, 0, sequences, sequences * context, sequences)
+
 
 @dataclass(frozen=True, slots=True)
 class Band:
@@ -46,12 +57,17 @@ class Band:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one step takes: of one layer its linear operators and its attention, then the whole step, and what it holds
-    on each card."""
+    """What one step takes: of one layer its linear operators, its attention, what is neither, and adding up over cards;
+    then the output head and the whole step, with what an engine does between steps. `bound` says what the linear
+    operators would wait for at the data sheet's pace. `memory_bytes` are held on each card."""
 
     linear_layer_s: float
     attention_layer_s: float
+    elementwise_layer_s: float
+    all_reduce_layer_s: float
+    head_s: float
     step_s: float
+    bound: Literal["compute", "memory"]
     memory_bytes: int
 
 
@@ -120,8 +136,18 @@ class StepCosts:
     def cost(self, load: StepLoad) -> Cost:
         """All that is known of a step of at least one token."""
         tokens = load.prefill_tokens + load.decodes
+        weights = sum(columns * inner for columns, inner in self._layer)
+        compute_s = 2 * weights * tokens / self._flops_per_s
+        memory_s = weights * self._model.bytes_per_element / self._bytes_per_s
         return Cost(
-            self.linear_layer_s(tokens), self.attention_layer_s(load), self.step_s(load), self.memory_bytes(load)
+            self.linear_layer_s(tokens),
+            self.attention_layer_s(load),
+            self.elementwise_layer_s(tokens),
+            2 * self._all_reduce_s(tokens),
+            self._head_s(load),
+            self.step_s(load),
+            "compute" if compute_s > memory_s else "memory",
+            self.memory_bytes(load),
         )
 
     def memory_bytes(self, load: StepLoad) -> int:
@@ -145,8 +171,7 @@ class StepCosts:
             return STEP_OVERHEAD_S
         layer_s = self.linear_layer_s(tokens) + self.elementwise_layer_s(tokens) + self.attention_layer_s(load)
         layer_s += 2 * self._all_reduce_s(tokens)
-        head_s = self._linear_s(self._head, load.samples) if load.samples and self._model.role == "decoder" else 0.0
-        return self._model.layers * layer_s + head_s + STEP_OVERHEAD_S
+        return self._model.layers * layer_s + self._head_s(load) + STEP_OVERHEAD_S
 
     def linear_layer_s(self, tokens: int) -> float:
         """Seconds of one layer's four linear operators: QKV, attention output, and the FFN's up and down."""
@@ -163,6 +188,9 @@ class StepCosts:
         k, p = self._constants, matmul.STRUCTURE.sharpness
         bytes_s = k.elementwise_passes * tokens * self._elementwise_bytes_per_token / self._bytes_per_s
         return float((k.elementwise_launch_s**p + bytes_s**p) ** (1 / p))
+
+    def _head_s(self, load: StepLoad) -> float:
+        return self._linear_s(self._head, load.samples) if load.samples and self._model.role == "decoder" else 0.0
 
     def _linear_s(self, operators: tuple[tuple[int, int], ...], rows: int) -> float:
         block, at = divmod(rows - 1, BLOCK_TOKENS)

@@ -198,7 +198,7 @@ def _with_absolute_paths(scenario: Scenario, folder: Path) -> Scenario:
 def _with_shapes(scenario: Scenario) -> Scenario:
     """Every `shape: path` replaced by the shape that the `config.json` there (a file, or in a folder) describes."""
     models = {
-        name: msgspec.structs.replace(source, shape=_read_shape(Path(source.shape), f"models.{name}.shape"))
+        name: msgspec.structs.replace(source, shape=_spec(source.shape, f"models.{name}.shape"))
         if isinstance(source.shape, str)
         else source
         for name, source in scenario.models.items()
@@ -206,7 +206,17 @@ def _with_shapes(scenario: Scenario) -> Scenario:
     return msgspec.structs.replace(scenario, models=models)
 
 
-def _read_shape(path: Path, key: str) -> demand.ShapeSpec:
+def _spec(path: str, key: str) -> demand.ShapeSpec:
+    return build(dataclasses.asdict(_shape_in(Path(path), key)), demand.ShapeSpec, key)
+
+
+def shape_named(name: str, *, key: str) -> shapes.ModelShape:
+    """The shape of that name, or the one that a `config.json` (a file, or in a folder) of that path describes."""
+    path = Path(name)
+    return _shape_in(path, key) if path.exists() else shapes.shape(name, key=key)
+
+
+def _shape_in(path: Path, key: str) -> shapes.ModelShape:
     path = path / "config.json" if path.is_dir() else path
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -216,5 +226,4 @@ def _read_shape(path: Path, key: str) -> demand.ShapeSpec:
         raise InputError("not JSON", key=key, value=str(path), allowed="a Hugging Face config.json") from None
     if not isinstance(config, dict):
         raise InputError("needs a mapping", key=key, value=str(path), allowed="a Hugging Face config.json")
-    shape = shapes.from_config(config, key=key)
-    return build(dataclasses.asdict(shape), demand.ShapeSpec, key)
+    return shapes.from_config(config, key=key)
