@@ -207,19 +207,14 @@ def _fit(card: Gpu, wanted: tuple[Profile, ...]) -> tuple[Placement, ...] | None
 def _engines_suffice(card: Gpu, wanted: tuple[Profile, ...]) -> bool:
     """Whether the card has the media engines: beside a 1g+me.all, which takes them all, only -me slices can exist.
 
-    A number that is not known limits nothing; copy engines are shared where they run short.
+    The profile of the whole card says how many there are. A number that is not known limits nothing.
     """
-
-    def known(engines: Engines, kind: str) -> int:
-        number: int | None = getattr(engines, kind)
-        return number or 0
-
-    most = {kind: max(known(p.engines, kind) for p in card.profiles) for kind in MEDIA_ENGINES}
-    return all(
-        sum(known(p.engines, kind) for p in wanted) <= most[kind]
-        for kind in MEDIA_ENGINES
-        if all(getattr(p.engines, kind) is not None for p in card.profiles)
-    )
+    whole = next((p.engines for p in card.profiles if p.width == p.cells), Engines())
+    for kind in MEDIA_ENGINES:
+        most = getattr(whole, kind)
+        if most is not None and sum(getattr(p.engines, kind) or 0 for p in wanted) > most:
+            return False
+    return True
 
 
 def _size(kind: Profile) -> tuple[int, int]:

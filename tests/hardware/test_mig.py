@@ -168,6 +168,12 @@ def test_variants_take_a_place_and_engines(card: str, layout: list[str], refused
     assert caught.value.key == f"deployment.mig[{refused}]"
 
 
+def test_engines_that_are_not_known_refuse_nothing() -> None:
+    parts = tuple(p for p in A100.profiles if p.slices < 7)  # a card that does not list its whole
+    assert mig.place(replace(A100, profiles=parts), ["2g.20gb"] * 3)
+    assert mig.place(catalog.gpu("b200"), ["1g.23gb+me"] + ["1g.23gb"] * 6)
+
+
 # --- names and errors ---------------------------------------------------------------------------------------------
 
 
