@@ -27,7 +27,7 @@ def load_scenario(path: Path, *, duration: str | None = None, seed: int | None =
     from gpuplan.scenario.build import duration_s
     from gpuplan.telemetry import nvml
 
-    scenario = files.load(path, gpu_auto=nvml.auto_gpu)
+    scenario = files.load(path, cards_here=nvml.cards_here)
     if not scenario.traffic:
         raise InputError("nothing to send", file=str(path), key="traffic", allowed="at least one traffic class")
     changes: dict[str, Any] = {}

@@ -71,9 +71,8 @@ def _show_machine(*, as_json: bool) -> None:
         return
     _print_lines(problems)
     if not here:
-        typer.echo(
-            "no NVIDIA driver: emulated cards only (gpuplan gpus --catalog)" if not problems else "no card answers"
-        )
+        why = "no card answers" if problems else "no NVIDIA driver"
+        typer.echo(f"{why}: emulated cards only (gpuplan gpus --catalog)")
         return
     found = [_found(one, catalog.GPUS.get(one.known_as or "")) for one in here]
     Console().print(report.machine(found))
@@ -84,14 +83,9 @@ def _found(one: Card, card: Gpu | None) -> Found:
     from gpuplan.hardware import mig
     from gpuplan.report.gpus import Found
 
-    placed = [
-        (i.profile.name if i.profile else f"instance {i.gpu_instance_id}", i.start, i.width)
-        for i in one.instances
-        if i.start is not None and i.width is not None
-    ]
-    unplaced = [
-        i.profile.name if i.profile else f"instance {i.gpu_instance_id}" for i in one.instances if i.start is None
-    ]
+    named = [(i.profile.name if i.profile else f"instance {i.gpu_instance_id}", i) for i in one.instances]
+    placed = [(name, i.start, i.width) for name, i in named if i.start is not None and i.width is not None]
+    unplaced = [name for name, i in named if i.start is None]
     otherwise = mig.differences(card.profiles, one.profiles) if card and one.profiles else []
     return Found(one.index, one.product, card, one.memory_bytes, one.mig_enabled, placed, unplaced, otherwise)
 
@@ -118,13 +112,10 @@ def _show_steps(card: Gpu, asked: _Asked, *, as_json: bool) -> None:
     shape = files.shape_named(asked.model, key="--model")
     part = mig.whole(card) if asked.part == mig.WHOLE else mig.profile(card, asked.part, key="--slice")
     costs, band = StepCosts(shape, card, part, tensor_parallel=asked.tensor_parallel), roofline.band(card, part)
-    loads = [
-        StepLoad.of_prompt(n) if asked.context is None else StepLoad.of_decodes(n, asked.context) for n in asked.tokens
-    ]
-    rows = [
-        report.step_row(n, costs.cost(load), band, costs.fits(load))
-        for n, load in zip(asked.tokens, loads, strict=True)
-    ]
+    rows = []
+    for n in asked.tokens:
+        load = StepLoad.of_prompt(n) if asked.context is None else StepLoad.of_decodes(n, asked.context)
+        rows.append(report.step_row(n, costs.cost(load), band, costs.fits(load)))
     if as_json:
         where = {"gpu": card.name, "slice": part.name, "model": shape.name, "context": asked.context}
         _print_json({**where, "tensor_parallel": asked.tensor_parallel, "band": band, "rows": rows})

@@ -23,7 +23,7 @@ def check(
     from gpuplan.scenario import deployment, files
     from gpuplan.telemetry import nvml
 
-    scenario = files.load(file, gpu_auto=nvml.auto_gpu)
+    scenario = files.load(file, cards_here=nvml.cards_here)
     resolved = deployment.resolve(scenario)
     if as_json:
         typer.echo(json.dumps(files.to_builtins(scenario)))

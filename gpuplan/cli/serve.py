@@ -44,7 +44,7 @@ def serve(
 
     choice.check(telemetry)
     sampler.check_hz(sample_hz)
-    scenario = files.load(file, gpu_auto=nvml.auto_gpu) if file else build(DEFAULT, Scenario)
+    scenario = files.load(file, cards_here=nvml.cards_here) if file else build(DEFAULT, Scenario)
     folder = store.prepare(record) if record else None
     options = ServiceOptions(
         host, port, api_key, allow_cpu, folder is not None, sample_hz, telemetry, drain_s=drain_timeout

@@ -43,8 +43,8 @@ def l2_pace(fp16_flops_per_s: float, sm_count: int, sm_clock_hz: float) -> float
     """How an L2 cache grows with the tensor cores it feeds, in FLOP/s of an A100's.
 
     With more SMs and faster clocks in proportion; with wider tensor cores by the square root only, as operands are
-    shared among SMs for the rest. So an A100's constants come within 6 % of an H100's layers, and the other way round;
-    in proportion or not at all, each would be off by 15 % and more. Widths are powers of two: a sheet's clocks are not
+    shared among SMs for the rest. So constants fitted on A100s alone come within 6 % of an H100's layers, and the other
+    way round; with no such rule they were 7 to 8 % off. Widths are powers of two: a sheet's clocks are not
     always those of its FLOP/s.
     """
     flops_per_cycle = 2 ** round(log2(fp16_flops_per_s / (sm_count * sm_clock_hz)))
@@ -56,9 +56,9 @@ class Constants:
     """What an architecture makes of its data sheet.
 
     `full_loss` is the share of speed lost when all SMs are busy at once, `tile_start_s` what every wave of tiles takes
-    before and after its multiplications, `flops_per_l2_byte` what the L2 cache's pace is measured in. A kernel that computes for
-    `hot_after_s` has lost half of `hot_loss` in clock. The last two are for what is no matrix multiplication: norms,
-    rotations, activations and additions of a layer.
+    before and after its multiplications, `flops_per_l2_byte` the unit of the L2 cache's pace. A kernel that computes
+    for `hot_after_s` has lost half of `hot_loss` in clock. The last two are for what is no matrix multiplication:
+    norms, rotations, activations and additions of a layer.
     """
 
     compute_efficiency: float

@@ -141,7 +141,11 @@ async def bench(
         machine=_machine(),
         interrupted=replay.stopped,
         failure=failure,
-        notes=[*about.get("notes", []), *_notes(schedule, tables.requests)],
+        notes=[
+            *supply.differences(scenario.deployment),
+            *about.get("notes", []),
+            *_notes(schedule, tables.requests),
+        ],
         gpuplan_version=__version__,
     )
     return Run(meta, *tables, decisions=server.decisions if server else ())

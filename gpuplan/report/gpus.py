@@ -70,7 +70,7 @@ def cells_line(instances: Iterable[Instance], cells: int, *, columns: int) -> st
 def drawn(layouts: Sequence[Sequence[Instance]], cells: int) -> list[str]:
     """Each layout as a line of cells, all to one scale under one row of cell numbers."""
     needed = (math.ceil((len(name) + 1) / width) for layout in layouts for name, _, width in layout)
-    columns = max(COLUMNS_MIN, *needed)
+    columns = max([COLUMNS_MIN, *needed])
     numbers = " " + "".join(str(cell).ljust(columns) for cell in range(cells))
     return [numbers.rstrip(), *(cells_line(layout, cells, columns=columns) for layout in layouts)]
 
@@ -215,15 +215,11 @@ def step_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 def step_lines(model: ModelShape, card: Gpu, part: Profile, band: Band, context: int | None) -> Iterator[str]:
     """What the rows of `step_table` are, and how far they are to be trusted."""
-    what = (
-        "prompts of so many tokens" if context is None else f"so many sequences decode at {context} tokens of context"
-    )
-    yield f"{model.name} on {card.name} {part.name}: {what}"
-    yield f"linear, attention, other, cards: ms of one of {model.layers} layers; head and step: ms; emulated, not measured"
-    yield (
-        f"where checked, off on average by {band.linear_layer_percent:g} % (linear) and {band.step_percent:g} % (step); "
-        f"from {band.basis}"
-    )
+    what = "each a prompt" if context is None else f"one from each of so many sequences, {context} tokens of context"
+    yield f"{model.name} on {card.name} {part.name}; tokens: {what}; emulated, not measured"
+    yield f"linear, attention, other and cards (adding up over them): ms of one layer of {model.layers}; head, step: ms"
+    off = f"{band.linear_layer_percent:g} % (linear) and {band.step_percent:g} % (step)"
+    yield f"where checked, off on average by {off}; from {band.basis}"
 
 
 def _figure(owner: Gpu | Profile, field: str, text: str) -> str:

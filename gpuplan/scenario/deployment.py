@@ -116,6 +116,15 @@ def card_of(spec: DeploymentSpec) -> catalog.Gpu | None:
     return replace(card, profiles=tuple(_profile(row, cells, i) for i, row in enumerate(rows)))
 
 
+def differences(spec: DeploymentSpec) -> list[str]:
+    """What the deployment's card is taken to be otherwise than the catalogue has it, in a sentence each."""
+    card = card_of(spec)
+    if card is None or not spec.mig_profiles:
+        return []
+    told = mig.differences(catalog.gpu(spec.gpu).profiles, card.profiles)
+    return [f"{card.name} as it reports itself: {sentence}" for sentence in told]
+
+
 def profile_rows(seen: Iterable[mig.Profile]) -> list[MigProfileSpec]:
     """Profiles as the rows of `deployment.mig_profiles`, so that a run keeps what its card reported."""
     return [

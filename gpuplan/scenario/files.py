@@ -10,39 +10,33 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from gpuplan.errors import InputError
-from gpuplan.hardware import shapes
+from gpuplan.hardware import catalog, mig, shapes
+from gpuplan.hardware.profiles import Profile
 from gpuplan.scenario import demand, deployment, text
 from gpuplan.scenario.build import build
 from gpuplan.scenario.demand import Scenario
 
+CardsHere = Callable[[], Mapping[str, tuple[Profile, ...]]]
+"""The catalogue's names of this machine's cards, and the MIG profiles that each reports."""
 
-def load(path: Path, *, gpu_auto: Callable[[], str | None] | None = None) -> Scenario:
-    """The checked scenario in `path`. `gpu_auto` tells what `deployment.gpu: auto` stands for on this machine.
+
+def load(path: Path, *, cards_here: CardsHere = dict) -> Scenario:
+    """The checked scenario in `path`. Of `cards_here` the first is what `deployment.gpu: auto` stands for, and what a
+    card itself says of its MIG profiles wins over the catalogue: it becomes `deployment.mig_profiles`.
 
     Raises InputError with file, line, key, value and what is allowed.
     """
     data, lines = text.read(path)
     try:
         scenario = _with_shapes(_with_absolute_paths(build(data, Scenario), path.resolve().parent))
-        if scenario.deployment.gpu.lower() == "auto":
-            here = gpu_auto() if gpu_auto else None
-            if here is None:
-                raise InputError(
-                    "no known NVIDIA card in this machine",
-                    key="deployment.gpu",
-                    value="auto",
-                    allowed="a card's name or cpu",
-                )
-            scenario = msgspec.structs.replace(
-                scenario, deployment=msgspec.structs.replace(scenario.deployment, gpu=here)
-            )
+        scenario = msgspec.structs.replace(scenario, deployment=_on_this_machine(scenario.deployment, cards_here))
         check(scenario)
     except InputError as error:
         error.file = str(path)
@@ -193,6 +187,26 @@ def _with_absolute_paths(scenario: Scenario, folder: Path) -> Scenario:
         for c in scenario.traffic
     ]
     return msgspec.structs.replace(scenario, models=models, traffic=traffic)
+
+
+def _on_this_machine(spec: demand.DeploymentSpec, cards_here: CardsHere) -> demand.DeploymentSpec:
+    if spec.gpu.lower() == deployment.CPU:
+        return spec
+    here = cards_here()
+    if spec.gpu.lower() == "auto":
+        if not here:
+            raise InputError(
+                "no known NVIDIA card in this machine",
+                key="deployment.gpu",
+                value="auto",
+                allowed="a card's name or cpu",
+            )
+        spec = msgspec.structs.replace(spec, gpu=next(iter(here)))
+    card = catalog.gpu(spec.gpu)
+    seen = here.get(card.name, ())
+    if seen and not spec.mig_profiles and mig.differences(card.profiles, seen):
+        spec = msgspec.structs.replace(spec, mig_profiles=deployment.profile_rows(seen))
+    return spec
 
 
 def _with_shapes(scenario: Scenario) -> Scenario:

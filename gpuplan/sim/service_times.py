@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gpuplan.errors import RunError
-from gpuplan.hardware.roofline import StepCosts, StepLoad
+from gpuplan.hardware.roofline import StepCosts, StepLoad, band
 from gpuplan.scenario.deployment import Deployment, Replica, shape_of
 
 Basis = Literal["fitted", "scaled", "roofline"]
@@ -61,6 +61,19 @@ class ServiceTimes:
             return "fitted"
         on_gpu = any(model == replica.model and name != "cpu" for model, name in self.fits)
         return "scaled" if on_gpu and replica.slice.profile else "roofline"
+
+    def notes(self, deployment: Deployment) -> list[str]:
+        """How far step times are to be trusted that were not measured on their slice."""
+        found = {}
+        for replica in deployment.replicas:
+            card, part = deployment.gpu, replica.slice.profile
+            if card is not None and part is not None and self.basis(replica) != "fitted":
+                trust = band(card, part)
+                found[(replica.model, part.name)] = (
+                    f"{replica.model} on {part.name}: emulated steps, off by {trust.step_percent:g} % on average where "
+                    f"checked, by {trust.basis}"
+                )
+        return list(found.values())
 
     def timer(self, deployment: Deployment, replica: Replica, rng: random.Random | None = None) -> Timer:
         """Seconds of a step on this replica: the mean, or with `rng` a draw from the spread.

@@ -61,6 +61,7 @@ def simulate(
             provenance=dict.fromkeys(scenario.models, "simulated"),
             engines={r.model: f"simulated, step times {service_times.basis(r)}" for r in deployment.replicas},
             telemetry_source="emulated" if keep_telemetry and deployment.gpu else "none",
+            notes=[*supply.differences(scenario.deployment), *service_times.notes(deployment)],
         ),
         *tables,
         decisions=tuple(recorder.decisions),

@@ -67,9 +67,13 @@ def discover() -> list[Card]:
     return survey()[0]
 
 
-def auto_gpu() -> str | None:
-    """The catalogue's name of this machine's first card: what `deployment.gpu: auto` stands for."""
-    return next((card.known_as for card in discover() if card.known_as), None)
+def cards_here() -> dict[str, tuple[Profile, ...]]:
+    """The catalogue's names of this machine's cards, the first one first, and what each says it can be cut into."""
+    found: dict[str, tuple[Profile, ...]] = {}
+    for card in discover():
+        if card.known_as:
+            found.setdefault(card.known_as, card.profiles)
+    return found
 
 
 class Library:

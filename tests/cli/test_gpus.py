@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
-from gpuplan.hardware import catalog, mig
+from gpuplan.hardware import catalog, mig, roofline
+from tests.hardware.test_shapes import LLAMA_3
 
 from .conftest import gpuplan, one_error_line
 
@@ -59,9 +61,48 @@ def test_one_layout_is_placed_in_an_order_of_creation() -> None:
     assert shown.endswith("create in this order: 3g.40gb:4, 1g.10gb:3\n")
 
 
+def test_what_a_step_costs_and_why() -> None:
+    arguments = ("gpus", "a100-80gb", "--model", "llama-3-8b", "--tokens", "1,64,4096")
+    told = json.loads(gpuplan(*arguments, "--json").stdout)
+    one, some, many = told["rows"]
+    assert (one["tokens"], some["tokens"], many["tokens"]) == (1, 64, 4096)
+    assert (one["bound"], many["bound"]) == ("memory", "compute")
+    for row in told["rows"]:
+        parts = ("linear_layer_ms", "attention_layer_ms", "elementwise_layer_ms", "all_reduce_layer_ms")
+        layers_ms = 32 * sum(row[part] for part in parts) + row["head_ms"]
+        assert row["step_ms"] == pytest.approx(layers_ms + roofline.STEP_OVERHEAD_S * 1e3)
+        assert row["linear_layer_band_percent"] == told["band"]["linear_layer_percent"] > 0
+    shown = gpuplan(*arguments).stdout
+    assert f"{many['step_ms']:.3f}" in shown and "emulated, not measured" in shown and "off on average by" in shown
+
+
+def test_a_step_on_a_slice_of_several_cards_with_a_cache() -> None:
+    arguments = ("gpus", "h100-80gb", "--model", "llama-3-70b", "--slice", "3g.39gb", "--tensor-parallel", "4")
+    told = json.loads(gpuplan(*arguments, "--tokens", "8,256", "--context", "2048", "--json").stdout)
+    few, many = told["rows"]
+    assert (told["slice"], told["tensor_parallel"], told["context"]) == ("3g.40gb", 4, 2048)
+    assert few["fits"] and not many["fits"], "256 x 2048 tokens of 80 KiB on each card"
+    assert few["all_reduce_layer_ms"] > 0
+    assert many["attention_layer_ms"] == pytest.approx(32 * few["attention_layer_ms"], rel=0.01)
+
+
+def test_a_model_of_one_s_own_from_its_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3))
+    rows = [
+        json.loads(gpuplan("gpus", "a100", "--model", model, "--tokens", "64", "--json").stdout)["rows"]
+        for model in (str(tmp_path), "llama-3-8b")
+    ]
+    assert rows[0] == rows[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (("gpus", "--model", "llama-3-8b"), "--model: needs a card"),
+        (("gpus", "h100", "--model", "llama-9"), "--model: unknown model shape (got 'llama-9'); allowed: did you mean llama-3-8b"),
+        (("gpus", "h100", "--model", "llama-3-8b", "--slice", "3g.10gb"), "--slice: unknown MIG profile of h100-80gb (got '3g.10gb')"),
+        (("gpus", "h100", "--model", "llama-3-8b", "--tokens", "1,none"), "--tokens: not a list of counts (got '1,none')"),
+        (("gpus", "h100", "--model", "llama-3-8b", "--tokens", "0"), "--tokens: not a list of counts (got '0')"),
         (("gpus", "h100-80g"), "CARD: unknown GPU (got 'h100-80g'); allowed: did you mean h100-80gb"),
         (("gpus", "--layouts"), "--layouts: needs a card"),
         (("gpus", "h100", "--place", "3g.40gb,5g.40gb"), "--place[1]: unknown MIG profile of h100-80gb (got '5g.40gb'); allowed: did you mean"),

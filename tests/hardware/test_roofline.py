@@ -156,7 +156,7 @@ def test_weights_of_a_byte_halve_the_reading_and_not_the_cache() -> None:
     [
         ("a100-80gb", mig.WHOLE, (3, 4), (6, 8)),  # operators of that architecture were measured
         ("a100-80gb", "3g.40gb", (4, 6), (7, 9)),  # a slice adds its own error
-        ("l40s", mig.WHOLE, (7, 9), (10, 12)),  # nothing but its data sheet
+        ("l40s", mig.WHOLE, (5, 6), (8, 10)),  # nothing but its data sheet
     ],
 )
 def test_the_band_widens_with_what_was_not_measured(

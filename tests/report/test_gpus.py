@@ -49,10 +49,11 @@ def test_layouts_are_drawn_to_one_scale_with_every_name_whole() -> None:
 def test_a_machine_without_a_driver_s_words_in_markup() -> None:
     found = [
         gpus.Found(
-            0, "NVIDIA A100-SXM4-80GB", A100, 80 << 30, True, [("3g.39gb", 4, 4)], ["3g.40gb is called 3g.39gb"]
+            0, "NVIDIA A100-SXM4-80GB", A100, 80 << 30, True, [("3g.39gb", 4, 4)], (), ["3g.40gb is called 3g.39gb"]
         ),
         gpus.Found(1, "[red]\x1bnew", None, 10 << 30, None),
-        gpus.Found(2, "NVIDIA H100 PCIe", gpu("h100-pcie"), 80 << 30, True),  # its instances were not read
+        gpus.Found(2, "NVIDIA H100 PCIe", gpu("h100-pcie"), 80 << 30, True),  # cut into nothing yet
+        gpus.Found(3, "NVIDIA H100 PCIe", gpu("h100-pcie"), 80 << 30, True, [], ["1g.10gb", "3g.40gb"]),
     ]
     table = text(gpus.machine(found))
     assert "a100-80gb 80.0 on" in " ".join(table.split())
@@ -60,7 +61,9 @@ def test_a_machine_without_a_driver_s_words_in_markup() -> None:
     lines = list(gpus.machine_lines(found))
     assert lines[0].split() == ["gpu0", *"01234567"]
     assert lines[1].strip().endswith("|3g.39gb" + " " * (4 * gpus.COLUMNS_MIN - 8) + "|")
-    assert lines[2:] == ["gpu0: 3g.40gb is called 3g.39gb"]
+    assert lines[2] == "gpu0: 3g.40gb is called 3g.39gb"
+    assert lines[4].split() == ["|", *"." * 8, "|"]
+    assert lines[5:] == ["gpu3: 1g.10gb, 3g.40gb: where they stand is told to administrators only"]
 
 
 @pytest.mark.parametrize("card", GPUS.values(), ids=lambda card: card.name)

@@ -134,7 +134,7 @@ def test_two_cards_have_the_layout_twice(tmp_path: Path) -> None:
 def test_paths_are_relative_to_the_file_and_auto_asks_the_machine(tmp_path: Path) -> None:
     (tmp_path / "trace.csv").write_text("arrived_at_s,prompt_tokens,output_tokens\n0,5,5\n")
     text = GOOD.replace("process: poisson, rate: 2", "process: trace, file: trace.csv").replace("a100-80gb", "auto")
-    scenario = files.load(written(tmp_path, text), gpu_auto=lambda: "a100-80gb")
+    scenario = files.load(written(tmp_path, text), cards_here=lambda: {"a100-80gb": ()})
     assert getattr(scenario.traffic[0].arrivals, "file", "") == str((tmp_path / "trace.csv").resolve())
     assert scenario.deployment.gpu == "a100-80gb"
 

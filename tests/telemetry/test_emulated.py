@@ -55,6 +55,20 @@ def test_a_slice_busy_half_the_time() -> None:
     assert {s.source for s in samples} == {"emulated"}
 
 
+def test_processes_that_share_a_slice_are_one_row() -> None:
+    rows = [{"model": "mood", "slice": "1g.10gb", "processes": 2}]
+    emulated = cards(mig=["1g.10gb"], replicas=rows)
+    emulated.read(0.0)
+    alone = slice_of(emulated.read(0.1)).memory_used_bytes
+    for replica, from_s, to_s in (("mood-0", 0.2, 0.6), ("mood-1", 0.5, 0.7)):
+        emulated.decided(Arrive(1, "mood", 64), [step(1, replica)], now_s=from_s)
+        emulated.decided(StepDone(replica, 1), [], now_s=to_s)
+    busy = slice_of(emulated.read(1.1))
+    assert busy.gpu_utilization == pytest.approx(0.6)
+    weights = roofline.memory_used_bytes(shapes.shape("bert-base"), 0)
+    assert alone == 2 * weights
+
+
 def test_a_step_that_spans_readings_is_shared_between_them() -> None:
     emulated = cards()
     emulated.read(0.0)

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from gpuplan.cli import app
 from gpuplan.hardware.catalog import GPUS, gpu
 from gpuplan.hardware.mig import profiles
+from gpuplan.scenario import deployment, files
 from gpuplan.telemetry import nvml
+from tests.conftest import single_step
 
 from .conftest import Play
 from .nvml_fake import A100_PROFILES, a100, sliced
@@ -23,7 +26,7 @@ REFUSED, GONE, UNSUPPORTED, NO_FUNCTION = 4, 15, 3, 13
 def test_whatever_machine_this_is_discovery_never_raises() -> None:
     cards = nvml.discover()
     assert all(card.memory_bytes > 0 and card.product for card in cards)
-    assert nvml.auto_gpu() in {None, *GPUS}
+    assert nvml.cards_here().keys() <= GPUS.keys()
 
 
 def test_a_card_and_what_it_can_be_cut_into(play: Play) -> None:
@@ -33,7 +36,7 @@ def test_a_card_and_what_it_can_be_cut_into(play: Play) -> None:
     assert (card.product, card.uuid, card.known_as) == ("NVIDIA A100-SXM4-80GB", "GPU-1", "a100-80gb")
     assert (card.memory_bytes, card.mig_enabled, card.driver) == (80 * 2**30, False, "570.00.fake")
     assert card.instances == ()
-    assert nvml.auto_gpu() == "a100-80gb"
+    assert list(nvml.cards_here()) == ["a100-80gb"]
 
 
 def test_profiles_are_the_driver_s_own(play: Play) -> None:
@@ -140,6 +143,40 @@ def test_the_command_loads_the_library_as_the_system_does(
     if cards:
         assert [i["uuid"] for i in here[1]["instances"]] == ["MIG-1g", None, "MIG-3g"]
         assert here[1]["instances"][2]["profile"]["name"] == "3g.40gb"
+
+
+def test_this_machine_s_cards_are_drawn_slice_by_slice(
+    play: Play, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    play(a100() + sliced(gpm=False).replace("3g.40gb", "3g.39gb").replace("42 40192", "44 40192"))
+    app(["gpus"], standalone_mode=False)
+    lines = capsys.readouterr().out.splitlines()
+    cut = lines.index(next(line for line in lines if line.startswith("gpu1  ")))
+    assert lines[cut].split() == ["gpu1", *"01234567"]
+    assert lines[cut + 1].replace("|", " ").split() == ["1g.10gb", "1g.10gb", ".", ".", "3g.39gb"]
+    assert lines[cut + 2 :] == [
+        "gpu1: 3g.40gb is called 3g.39gb here",
+        "gpu1: 3g.39gb: SMs 44, where 42 was listed",
+    ]
+
+
+def test_what_a_card_says_of_itself_wins_over_the_catalogue(play: Play, tmp_path: Path) -> None:
+    file = tmp_path / "here.yaml"
+    file.write_text(json.dumps(single_step(deployment={"gpu": "auto", "mig": ["3g.40gb"]})))
+    play(sliced(gpm=False))
+    assert files.load(file, cards_here=nvml.cards_here).deployment.mig_profiles == [], "nothing to say"
+    play(sliced(gpm=False).replace("3g.40gb", "3g.39gb").replace("42 40192", "44 40192"))
+    scenario = files.load(file, cards_here=nvml.cards_here)
+    (replica,) = deployment.resolve(scenario).replicas
+    assert replica.slice.profile is not None
+    assert (replica.slice.profile.name, replica.slice.profile.sm_count) == ("3g.39gb", 44)
+    assert deployment.differences(scenario.deployment) == [
+        "a100-80gb as it reports itself: 3g.40gb is called 3g.39gb here",
+        "a100-80gb as it reports itself: 3g.39gb: SMs 44, where 42 was listed",
+    ]
+    embedded = files.from_builtins(files.to_builtins(scenario))
+    assert deployment.resolve(embedded).replicas == (replica,), "a run folder needs no card to be read"
 
 
 @pytest.mark.hardware
