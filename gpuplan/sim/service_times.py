@@ -2,20 +2,21 @@
 
 `ServiceTimes.timer(replica)` gives a function from a step's load to seconds. Three bases, named in every plan:
 `fitted` (measured on this very slice), `scaled` (measured on another slice of the same model and card, carried over
-by the roofline's ratio), `roofline` (nothing was measured). A model without a shape, or on a CPU, has no roofline: it
-has to be measured first.
+by the roofline's ratio, or by the slices' speeds), `roofline` (nothing was measured). A model without a shape, or on a
+CPU, has no roofline: it has to be measured first.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from gpuplan.errors import RunError
+from gpuplan.hardware import mig, slices
 from gpuplan.hardware.roofline import StepCosts, StepLoad, band
-from gpuplan.scenario.deployment import Deployment, Replica, shape_of
+from gpuplan.scenario.deployment import CPU, Deployment, Replica, shape_of
 
 Basis = Literal["fitted", "scaled", "roofline"]
 Timer = Callable[[StepLoad], float]
@@ -80,8 +81,8 @@ class ServiceTimes:
 
         Raises RunError for a replica that has no roofline and was not measured.
         """
-        fit = self.fits.get((replica.model, replica.slice.name)) or self._neighbour(replica)
         costs = step_costs(deployment, replica)
+        fit = self.fits.get((replica.model, replica.slice.name)) or self._neighbour(deployment, replica, costs)
         base = costs.step_s if costs else None
         if base is None:
             if fit is None:
@@ -98,12 +99,20 @@ class ServiceTimes:
         choose, ratios = rng.choice, fit.ratios
         return lambda load: mean(load) * choose(ratios)
 
-    def _neighbour(self, replica: Replica) -> Fit | None:
-        """The fit of the same model on another slice of a GPU: the one with most steps behind it."""
-        if replica.slice.profile is None:
+    def _neighbour(self, deployment: Deployment, replica: Replica, costs: StepCosts | None) -> Fit | None:
+        """The fit of the same model on another slice of a GPU: the one with most steps behind it. What grows with the
+        work is carried over by the roofline, or, for a model without one, by the speed of the slices."""
+        card, here = deployment.gpu, replica.slice.profile
+        others = [key for key in sorted(self.fits) if key[0] == replica.model and key[1] != CPU]
+        if card is None or here is None or not others:
             return None
-        others = [fit for (model, name), fit in sorted(self.fits.items()) if model == replica.model and name != "cpu"]
-        return max(others, key=lambda fit: fit.steps, default=None)
+        best = max(others, key=lambda key: self.fits[key].steps)
+        fit = self.fits[best]
+        if costs is not None:
+            return fit
+        there = mig.whole(card) if best[1] == mig.WHOLE else mig.profile(card, best[1])
+        slower = slices.speed(card, there) / slices.speed(card, here)
+        return replace(fit, per_token_s=fit.per_token_s * slower, per_sample_s=fit.per_sample_s * slower)
 
 
 def step_costs(deployment: Deployment, replica: Replica) -> StepCosts | None:

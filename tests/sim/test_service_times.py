@@ -7,6 +7,7 @@ import random
 import pytest
 
 from gpuplan.errors import RunError
+from gpuplan.hardware import mig, slices
 from gpuplan.hardware.roofline import StepLoad
 from gpuplan.scenario import deployment, files
 from gpuplan.scenario.demand import Scenario
@@ -68,3 +69,18 @@ def test_a_cpu_has_to_be_measured() -> None:
     measured = ServiceTimes({("mood", "cpu"): FIT})
     assert measured.basis(replica) == "fitted"
     assert measured.timer(here, replica)(LOAD) == pytest.approx(0.001 + 640e-6 + 10e-4), "no roofline to multiply"
+
+
+def test_what_has_no_shape_is_carried_over_by_the_speed_of_the_slices() -> None:
+    """An ONNX file measured on 1g: on 3g the fixed part stays, what grows with the work shrinks."""
+    card = {"gpu": "a100-80gb", "mig": ["3g.40gb", "1g.10gb"], "replicas": [{"model": "mood", "slice": "3g.40gb"}]}
+    data = single_step(models={"mood": {"onnx": "mood.onnx"}}, deployment=card)
+    here = deployment.resolve(files.build(data, Scenario))
+    (replica,) = here.replicas
+    times = ServiceTimes({("mood", "1g.10gb"): FIT})
+    assert times.basis(replica) == "scaled"
+    assert here.gpu is not None and replica.slice.profile is not None
+    small, large = (mig.profile(here.gpu, name) for name in ("1g.10gb", "3g.40gb"))
+    faster = slices.speed(here.gpu, large) / slices.speed(here.gpu, small)
+    assert 3 < faster < 4
+    assert times.timer(here, replica)(LOAD) == pytest.approx(0.001 + (640e-6 + 10e-4) / faster)
