@@ -130,6 +130,9 @@ class StepCosts:
         )
         self._head = ((model.vocabulary // ways, hidden),)
         self._queries, self._keys = queries, keys
+        # Kept, as a simulation asks for the same few counts millions of times.
+        self._by_tokens_s: dict[int, float] = {}
+        self._by_samples_s: dict[int, float] = {}
         # Two norms and two additions of the residual stream, the rotation of queries and keys, and the activation.
         self._elementwise_bytes_per_token = FP16_BYTES * (7 * hidden + 2 * (queries + keys) + 3 * ffn)
 
@@ -144,7 +147,7 @@ class StepCosts:
             self.attention_layer_s(load),
             self.elementwise_layer_s(tokens),
             2 * self._all_reduce_s(tokens),
-            self._head_s(load),
+            self._head_s(load.samples),
             self.step_s(load),
             "compute" if compute_s > memory_s else "memory",
             self.memory_bytes(load),
@@ -169,9 +172,14 @@ class StepCosts:
         tokens = load.prefill_tokens + load.decodes
         if tokens == 0:
             return STEP_OVERHEAD_S
-        layer_s = self.linear_layer_s(tokens) + self.elementwise_layer_s(tokens) + self.attention_layer_s(load)
-        layer_s += 2 * self._all_reduce_s(tokens)
-        return self._model.layers * layer_s + self._head_s(load) + STEP_OVERHEAD_S
+        by_tokens_s = self._by_tokens_s.get(tokens)
+        if by_tokens_s is None:
+            by_tokens_s = (
+                self.linear_layer_s(tokens) + self.elementwise_layer_s(tokens) + 2 * self._all_reduce_s(tokens)
+            )
+            self._by_tokens_s[tokens] = by_tokens_s
+        layers_s = self._model.layers * (by_tokens_s + self.attention_layer_s(load))
+        return layers_s + self._head_s(load.samples) + STEP_OVERHEAD_S
 
     def linear_layer_s(self, tokens: int) -> float:
         """Seconds of one layer's four linear operators: QKV, attention output, and the FFN's up and down."""
@@ -189,8 +197,12 @@ class StepCosts:
         bytes_s = k.elementwise_passes * tokens * self._elementwise_bytes_per_token / self._bytes_per_s
         return float((k.elementwise_launch_s**p + bytes_s**p) ** (1 / p))
 
-    def _head_s(self, load: StepLoad) -> float:
-        return self._linear_s(self._head, load.samples) if load.samples and self._model.role == "decoder" else 0.0
+    def _head_s(self, samples: int) -> float:
+        seconds = self._by_samples_s.get(samples)
+        if seconds is None:
+            seconds = self._linear_s(self._head, samples) if samples and self._model.role == "decoder" else 0.0
+            self._by_samples_s[samples] = seconds
+        return seconds
 
     def _linear_s(self, operators: tuple[tuple[int, int], ...], rows: int) -> float:
         block, at = divmod(rows - 1, BLOCK_TOKENS)
