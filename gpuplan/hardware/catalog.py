@@ -16,6 +16,21 @@ from gpuplan.hardware.profiles import PROFILES, Profile
 
 MIB = 1 << 20
 
+WORDS = {
+    "bandwidth_bytes_per_s": "bandwidth",
+    "flops": "FLOP/s",
+    "idle_power_w": "idle power",
+    "l2_bytes": "L2",
+    "power_limit_w": "power limit",
+    "price_per_hour": "price",
+    "sm_clock_hz": "clock",
+    "sm_count": "SMs",
+    "engines": "engines",
+    "memory_bytes": "memory",
+    "starts": "places",
+}
+"""Fields of cards and profiles, as people call them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Flops:

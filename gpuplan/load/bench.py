@@ -143,6 +143,7 @@ async def bench(
         failure=failure,
         notes=[
             *supply.differences(scenario.deployment),
+            *supply.assumptions(deployment),
             *about.get("notes", []),
             *_notes(schedule, tables.requests),
         ],

@@ -80,6 +80,7 @@ def document(found: Findings) -> dict[str, Any]:
         "notes": [
             *found.notes,
             *found.trials.notes,
+            *supply.assumptions(deployment),
             "thresholds come from simulated steady loads; the scaling loop itself was not simulated",
         ],
     }

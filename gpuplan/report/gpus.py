@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from gpuplan.hardware.catalog import Gpu
+from gpuplan.hardware.catalog import WORDS, Gpu
 from gpuplan.hardware.profiles import GIB, Profile
 from gpuplan.hardware.roofline import Band, Cost
 from gpuplan.hardware.shapes import ModelShape
@@ -25,17 +25,6 @@ COLUMNS_MIN = 5
 """Of a cell, also where no name needs them."""
 
 LEGEND = "~ assumed, not confirmed; ? not known"
-
-_WORDS = {
-    "bandwidth_bytes_per_s": "bandwidth",
-    "flops": "FLOP/s",
-    "idle_power_w": "idle power",
-    "l2_bytes": "L2",
-    "power_limit_w": "power limit",
-    "price_per_hour": "price",
-    "sm_clock_hz": "clock",
-    "sm_count": "SMs",
-}
 
 
 class Found(NamedTuple):
@@ -157,7 +146,7 @@ def card_lines(card: Gpu) -> Iterator[str]:
     known = (f"{name} {_figure(card, 'flops', _tflops(rate))}" for name, rate in rates.items() if rate)
     yield "dense TFLOP/s: " + ", ".join(known)
     yield f"list price: {_figure(card, 'price_per_hour', f'{card.price_per_hour:.2f}')} $ / h ({card.price_source})"
-    yield f"assumed: {', '.join(_WORDS.get(field, field) for field in sorted(card.assumed))}"
+    yield f"assumed: {', '.join(WORDS.get(field, field) for field in sorted(card.assumed))}"
 
 
 def profile_table(card: Gpu) -> Table:

@@ -37,7 +37,8 @@ PROVENANCE = {
 }
 TELEMETRY = {
     "nvml": "GPU telemetry was read from the card (NVML).",
-    "emulated": "GPU telemetry is emulated: computed from the steps that ran, not read from a card.",
+    "emulated": "GPU telemetry is emulated: computed from the steps that ran, not read from a card; power rises in a "
+    "straight line from an assumed idle power to the card's limit.",
     "prometheus": "GPU telemetry was read from an exporter's metrics, as old as the exporter's own readings are.",
     "none": "There is no GPU telemetry.",
 }

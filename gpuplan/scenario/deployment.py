@@ -26,6 +26,9 @@ from gpuplan.scenario.demand import (
 
 CPU = "cpu"
 
+SAID_ELSEWHERE = frozenset({"price_per_hour", "idle_power_w"})
+"""What stands as assumed where it is used: beside the price, and with emulated power."""
+
 Role = Literal["decoder", "classifier"]
 
 
@@ -123,6 +126,22 @@ def differences(spec: DeploymentSpec) -> list[str]:
         return []
     told = mig.differences(catalog.gpu(spec.gpu).profiles, card.profiles)
     return [f"{card.name} as it reports itself: {sentence}" for sentence in told]
+
+
+def assumptions(deployment: Deployment) -> list[str]:
+    """What nobody has confirmed of the card and the slices in use, a sentence each."""
+    card = deployment.gpu
+    if card is None:
+        return []
+    owners: dict[str, frozenset[str]] = {card.name: card.assumed - SAID_ELSEWHERE}
+    for part in deployment.slices:
+        if part.profile is not None and part.profile.assumed:
+            owners[f"{card.name} {part.name}"] = part.profile.assumed
+    return [
+        f"{owner}: {', '.join(sorted(catalog.WORDS.get(field, field) for field in fields))} assumed, not confirmed"
+        for owner, fields in owners.items()
+        if fields
+    ]
 
 
 def profile_rows(seen: Iterable[mig.Profile]) -> list[MigProfileSpec]:

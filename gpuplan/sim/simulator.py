@@ -61,7 +61,11 @@ def simulate(
             provenance=dict.fromkeys(scenario.models, "simulated"),
             engines={r.model: f"simulated, step times {service_times.basis(r)}" for r in deployment.replicas},
             telemetry_source="emulated" if keep_telemetry and deployment.gpu else "none",
-            notes=[*supply.differences(scenario.deployment), *service_times.notes(deployment)],
+            notes=[
+                *supply.differences(scenario.deployment),
+                *supply.assumptions(deployment),
+                *service_times.notes(deployment),
+            ],
         ),
         *tables,
         decisions=tuple(recorder.decisions),

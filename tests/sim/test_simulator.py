@@ -219,3 +219,9 @@ def test_a_scenario_without_traffic_gives_an_empty_run() -> None:
     empty = run(files.build(single_step(traffic=[]), Scenario))
     assert (len(empty.requests), len(empty.batches)) == (0, 0)
     assert empty.meta.measured_s == 10.0
+
+
+def test_what_nobody_confirmed_of_a_card_is_said_of_its_runs() -> None:
+    card = {"gpu": "h100-pcie", "mig": ["3g.40gb"], "replicas": [{"model": "mood", "slice": "3g.40gb"}]}
+    noted = run(files.build(single_step(deployment=card), Scenario)).meta.notes
+    assert "h100-80gb-pcie 3g.40gb: SMs, memory, places assumed, not confirmed" in noted
