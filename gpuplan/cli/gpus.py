@@ -104,6 +104,7 @@ class _Asked:
 def _show_steps(card: Gpu, asked: _Asked, *, as_json: bool) -> None:
     from rich.console import Console
 
+    from gpuplan.errors import InputError
     from gpuplan.hardware import mig, roofline
     from gpuplan.hardware.roofline import StepCosts, StepLoad
     from gpuplan.report import gpus as report
@@ -111,6 +112,14 @@ def _show_steps(card: Gpu, asked: _Asked, *, as_json: bool) -> None:
 
     shape = files.shape_named(asked.model, key="--model")
     part = mig.whole(card) if asked.part == mig.WHOLE else mig.profile(card, asked.part, key="--slice")
+    if shape.heads % asked.tensor_parallel:
+        divisors = ", ".join(str(n) for n in range(1, shape.heads + 1) if shape.heads % n == 0)
+        raise InputError(
+            f"must divide the {shape.heads} heads",
+            key="--tensor-parallel",
+            value=asked.tensor_parallel,
+            allowed=divisors,
+        )
     costs, band = StepCosts(shape, card, part, tensor_parallel=asked.tensor_parallel), roofline.band(card, part)
     rows = []
     for n in asked.tokens:

@@ -84,8 +84,10 @@ ATTENTION_COMPUTE_EFFICIENCY = 0.5
 # What a serving engine does between steps (scheduling, sampling): an assumption, to be fitted where steps were
 # measured. Published figures reach from 5 ms (vLLM before 2024) to some tenths of a millisecond.
 STEP_OVERHEAD_S = 0.4e-3
-# CUDA context, workspace and activations that neither weights nor KV cache account for.
+# What neither weights nor KV cache account for: CUDA context and workspace, and activations, of which so much is kept
+# free (2048 tokens of a 70B model). Engines reserve them before they size their KV cache.
 RUNTIME_MEMORY_BYTES = 1_200_000_000
+ACTIVATIONS_KEPT_FREE_BYTES = 700_000_000
 # An all-reduce over NVLink: a start, and the share of the links' sheet bandwidth that large ones reach.
 ALL_REDUCE_START_S = 8e-6
 ALL_REDUCE_EFFICIENCY = 0.6
@@ -154,16 +156,18 @@ class StepCosts:
         )
 
     def memory_bytes(self, load: StepLoad) -> int:
-        """Bytes held on each card during a step: weights, runtime, the KV cache it works on, and activations."""
+        """Bytes held on each card during a step: weights, runtime, the KV cache it works on, and activations beyond
+        those that the runtime keeps room for."""
         held = load.context_tokens + load.decodes + load.prefill_tokens
         resident = self._model.weights_bytes + self._model.kv_bytes_per_token * held
         activations = (load.prefill_tokens + load.decodes) * self._elementwise_bytes_per_token
-        return RUNTIME_MEMORY_BYTES + resident // self._ways + activations
+        return RUNTIME_MEMORY_BYTES + resident // self._ways + max(activations - ACTIVATIONS_KEPT_FREE_BYTES, 0)
 
     def fits(self, load: StepLoad) -> bool:
         """Whether the step's memory fits this process's share of the slice: if not, a real card would be out of memory.
 
-        Of a decoder only activations can be too many: its KV cache was reserved when the request was admitted.
+        Of a decoder only activations can be too many, and of more than 2048 tokens a step at that: its KV cache was
+        reserved when the request was admitted.
         """
         return self.memory_bytes(load) <= self._part.memory_bytes // self._processes
 

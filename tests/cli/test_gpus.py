@@ -102,6 +102,7 @@ def test_a_model_of_one_s_own_from_its_config(tmp_path: Path) -> None:
         (("gpus", "h100", "--model", "llama-9"), "--model: unknown model shape (got 'llama-9'); allowed: did you mean llama-3-8b"),
         (("gpus", "h100", "--model", "llama-3-8b", "--slice", "3g.10gb"), "--slice: unknown MIG profile of h100-80gb (got '3g.10gb')"),
         (("gpus", "h100", "--model", "llama-3-8b", "--tokens", "1,none"), "--tokens: not a list of counts (got '1,none')"),
+        (("gpus", "h100", "--model", "llama-3-8b", "--tensor-parallel", "3"), "--tensor-parallel: must divide the 32 heads (got 3); allowed: 1, 2, 4, 8, 16, 32"),
         (("gpus", "h100", "--model", "llama-3-8b", "--tokens", "0"), "--tokens: not a list of counts (got '0')"),
         (("gpus", "h100-80g"), "CARD: unknown GPU (got 'h100-80g'); allowed: did you mean h100-80gb"),
         (("gpus", "--layouts"), "--layouts: needs a card"),

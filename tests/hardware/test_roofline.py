@@ -118,6 +118,8 @@ def test_a_full_kv_cache_fits_the_slice_to_the_last_token() -> None:
     part = mig.profile(H100, "3g.40gb")
     tokens = roofline.kv_capacity_tokens(LLAMA, part)
     assert roofline.memory_used_bytes(LLAMA, tokens) <= part.memory_bytes
+    costs = StepCosts(LLAMA, H100, part)
+    assert costs.fits(StepLoad(2048 - 64, 0, 64, tokens - 2048, 64)), "a full cache never fails a step of usual size"
     assert roofline.memory_used_bytes(LLAMA, tokens + 1) > part.memory_bytes
 
 
