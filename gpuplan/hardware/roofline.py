@@ -54,6 +54,11 @@ class Band:
     step_percent: float
     basis: str
 
+    @property
+    def of_steps(self) -> str:
+        """The band of whole steps in words."""
+        return f"estimates from {self.basis}; where checked, off by {self.step_percent:g} % on average"
+
 
 @dataclass(frozen=True, slots=True)
 class Cost:

@@ -69,11 +69,8 @@ class ServiceTimes:
         for replica in deployment.replicas:
             card, part = deployment.gpu, replica.slice.profile
             if card is not None and part is not None and self.basis(replica) != "fitted":
-                trust = band(card, part)
-                found[(replica.model, part.name)] = (
-                    f"{replica.model} on {part.name}: emulated steps, off by {trust.step_percent:g} % on average where "
-                    f"checked, by {trust.basis}"
-                )
+                about = f"{replica.model} on {part.name}"
+                found[about] = f"{about}: emulated steps: {band(card, part).of_steps}"
         return list(found.values())
 
     def timer(self, deployment: Deployment, replica: Replica, rng: random.Random | None = None) -> Timer:

@@ -71,8 +71,7 @@ class EmulatedEngine:
         return outputs
 
     def notes(self) -> list[str]:
-        band = self._band
-        notes = [f"emulated steps: off by {band.step_percent:g} % on average where checked, by {band.basis}"]
+        notes = [f"emulated steps: {self._band.of_steps}"]
         if self._late_steps > self._steps * LATE_SHARE_MAX:
             share = self._late_steps / self._steps
             notes.append(f"{share:.1%} of the emulated steps ended over {LATE_S * 1e3:g} ms late: the host was a limit")
