@@ -12,7 +12,7 @@ others' tokens keep coming (Agrawal et al., Sarathi-Serve, OSDI 2024).
 from __future__ import annotations
 
 from gpuplan.hardware.roofline import StepLoad
-from gpuplan.policy.state import ModelState, ReplicaState
+from gpuplan.policy.state import ModelState, ReplicaState, Sequence
 from gpuplan.policy.vocabulary import Prefill, RunStep
 
 
@@ -24,9 +24,8 @@ def batch_due_s(model: ModelState) -> float:
     return model.queue[0].arrived_s + rule.max_queue_delay
 
 
-def single_step(model: ModelState, replica: ReplicaState, step_id: int) -> RunStep:
-    """One step for all of the replica's sequences; every prompt is padded to the longest."""
-    batch = replica.prefilling
+def single_step(model: ModelState, replica: ReplicaState, step_id: int, batch: list[Sequence]) -> RunStep:
+    """One step for all of `batch`; every prompt is padded to the longest."""
     longest = max(s.prompt_tokens for s in batch)
     return RunStep(
         replica.spec.id,
@@ -38,13 +37,18 @@ def single_step(model: ModelState, replica: ReplicaState, step_id: int) -> RunSt
     )
 
 
-def iteration(model: ModelState, replica: ReplicaState, step_id: int) -> RunStep:
-    """One token for each decoding sequence, and as much of the waiting prompts as the token budget leaves."""
-    decoding = replica.decoding
+def iteration(model: ModelState, replica: ReplicaState, step_id: int, group: list[Sequence] | None = None) -> RunStep:
+    """One token for each decoding sequence (with `group`: of these), and as much of the waiting prompts as the token
+    budget leaves."""
+    decoding, prefilling, context_tokens = replica.decoding, replica.prefilling, replica.context_tokens
+    if group is not None:
+        decoding = [s for s in group if s.emitted]
+        prefilling = [s for s in group if not s.emitted]
+        context_tokens = sum(s.prompt_tokens + s.emitted for s in decoding)
     budget = max(model.batching.max_batch_tokens - len(decoding), 1)
     prefills: list[Prefill] = []
     tokens = pairs = first_tokens = 0
-    for s in replica.prefilling:
+    for s in prefilling:
         if budget <= 0:
             break
         chunk = min(s.prompt_tokens - s.prefilled, budget)
@@ -59,6 +63,6 @@ def iteration(model: ModelState, replica: ReplicaState, step_id: int) -> RunStep
         step_id,
         tuple(prefills),
         tuple([s.request_id for s in decoding]),
-        StepLoad(tokens, pairs, len(decoding), replica.context_tokens, len(decoding) + first_tokens),
+        StepLoad(tokens, pairs, len(decoding), context_tokens, len(decoding) + first_tokens),
         len(model.queue),
     )

@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from gpuplan.policy import admission, batching, dispatch
+from gpuplan.policy import admission, batching, dispatch, failures
 from gpuplan.policy.state import ModelState, ReplicaState, Sequence
 from gpuplan.policy.vocabulary import (
+    OUT_OF_MEMORY,
     Action,
     Arrive,
     Cancel,
@@ -36,7 +37,10 @@ class ServingCore:
     """The decisions for one deployment. Not thread-safe: one driver, one event at a time, time never backwards."""
 
     def __init__(self, deployment: Deployment) -> None:
-        self._replicas = {r.id: ReplicaState(r, order) for order, r in enumerate(deployment.replicas)}
+        self._replicas = {
+            r.id: ReplicaState(r, order, deployment.batching[r.model].max_batch_size)
+            for order, r in enumerate(deployment.replicas)
+        }
         self._models = {
             name: ModelState(
                 name,
@@ -120,9 +124,14 @@ class ServingCore:
         if step is None or step.step_id != event.step_id:
             return None  # a step of a replica that has gone down meanwhile
         replica.step = None
-        for s in replica.decoding:
+        ran = replica.decoding
+        if len(step.decodes) < len(ran):  # one group of several that take turns
+            ran = [s for s in ran if s.request_id in step.decodes]
+        for s in ran:
             s.emitted += 1
-        replica.context_tokens += len(replica.decoding)
+        replica.context_tokens += len(ran)
+        if replica.batch_limit < model.batching.max_batch_size:
+            failures.gone_well(replica)
         if step.prefills:
             self._prefilled(replica, step)
         self._drop_cancelled(replica)
@@ -152,7 +161,13 @@ class ServingCore:
         replica.step = None
         self._drop_cancelled(replica)
         members = (*step.decodes, *(p.request_id for p in step.prefills))
-        self._fail([s for i in members if (s := self._sequences.get(i))], event.reason, actions)
+        left = [s for i in members if (s := self._sequences.get(i))]
+        if event.reason == OUT_OF_MEMORY:
+            failures.lower_limit(replica, len(members))
+        if len(members) == 1:
+            self._fail(left, event.reason, actions)
+        else:
+            failures.split(replica, left)
         return self._model_of[event.replica_id]
 
     def _cancel(self, event: Cancel, actions: list[Action]) -> ModelState | None:
@@ -179,7 +194,15 @@ class ServingCore:
         replica.up = False
         replica.step = None
         self._drop_cancelled(replica)
-        self._fail(list(replica.sequences()), "replica_lost", actions)
+        replica.turns.clear()
+        for s in sorted(replica.sequences(), key=lambda s: s.request_id, reverse=True):
+            s.losses += 1
+            if failures.may_try_elsewhere(model, s):
+                self._leave(replica, s)
+                s.replica, s.prefilled = None, 0
+                model.queue.appendleft(s)
+            else:
+                self._fail([s], "replica_lost", actions)
         # What fits no replica that is left would wait for ever, and block those behind it.
         homeless = [s for s in model.queue if not admission.fits_somewhere(model, s)]
         for s in homeless:
@@ -199,15 +222,19 @@ class ServingCore:
             self._join(model)
             for replica in model.replicas:
                 if replica.idle and replica.running:
-                    self._start(model, replica, batching.iteration, actions)
+                    group = failures.next_turn(replica, self._sequences)
+                    self._start(replica, batching.iteration(model, replica, self._steps + 1, group), actions)
             return
+        for replica in model.replicas:
+            if replica.idle and (group := failures.next_turn(replica, self._sequences)):
+                self._start(replica, batching.single_step(model, replica, self._steps + 1, group), actions)
         while model.queue and self._now_s >= batching.batch_due_s(model):
             chosen = dispatch.least_loaded(model, model.queue[0])
             if chosen is None or not chosen.idle:
                 return
-            while model.queue and chosen.running < model.batching.max_batch_size:
+            while model.queue and chosen.running < chosen.batch_limit:
                 chosen.take(model.queue.popleft())
-            self._start(model, chosen, batching.single_step, actions)
+            self._start(chosen, batching.single_step(model, chosen, self._steps + 1, chosen.prefilling), actions)
 
     def _join(self, model: ModelState) -> None:
         while model.queue:
@@ -216,16 +243,10 @@ class ServingCore:
                 return
             replica.take(model.queue.popleft())
 
-    def _start(
-        self,
-        model: ModelState,
-        replica: ReplicaState,
-        make_step: Callable[[ModelState, ReplicaState, int], RunStep],
-        actions: list[Action],
-    ) -> None:
-        self._steps += 1
-        replica.step = make_step(model, replica, self._steps)
-        actions.append(replica.step)
+    def _start(self, replica: ReplicaState, step: RunStep, actions: list[Action]) -> None:
+        self._steps = step.step_id
+        replica.step = step
+        actions.append(step)
 
     def _fail(self, sequences: list[Sequence], reason: str, actions: list[Action]) -> None:
         for s in sequences:
@@ -239,11 +260,12 @@ class ServingCore:
             replica.cancelled = 0
 
     def _forget(self, s: Sequence) -> None:
-        """Frees the sequence's place in the batch and its KV cache."""
+        """The sequence is over: its place in the batch and its KV cache are free."""
         del self._sequences[s.request_id]
-        replica = s.replica
-        if replica is None:
-            return
+        if s.replica is not None:
+            self._leave(s.replica, s)
+
+    def _leave(self, replica: ReplicaState, s: Sequence) -> None:
         if s.emitted:
             replica.decoding.remove(s)
             replica.context_tokens -= s.prompt_tokens + s.emitted

@@ -13,6 +13,6 @@ def least_loaded(model: ModelState, sequence: Sequence) -> ReplicaState | None:
     """The replica that should run `sequence`, or None while all are full."""
     best: ReplicaState | None = None
     for replica in model.replicas:
-        if replica.has_room_for(sequence, model.batching) and (best is None or replica.running < best.running):
+        if replica.has_room_for(sequence) and (best is None or replica.running < best.running):
             best = replica
     return best

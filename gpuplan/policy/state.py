@@ -20,6 +20,7 @@ class Sequence:
         "arrived_s",
         "cancelled",
         "emitted",
+        "losses",
         "model",
         "output_tokens",
         "prefilled",
@@ -38,6 +39,7 @@ class Sequence:
         self.arrived_s = arrived_s
         self.prefilled = 0
         self.emitted = 0
+        self.losses = 0
         self.cancelled = False
         self.replica: ReplicaState | None = None
 
@@ -49,13 +51,34 @@ class Sequence:
 
 class ReplicaState:
     """A replica's sequences: those whose prompt is still being read, and those that get a token every step. `cancelled`
-    counts those that leave when the running step is over."""
+    counts those that leave when the running step is over.
 
-    __slots__ = ("cancelled", "context_tokens", "decoding", "kv_reserved", "order", "prefilling", "spec", "step", "up")
+    `turns` are groups that run one after the other, the last one first, before everybody runs together again: the
+    halves of a step that failed. `batch_limit` is how many may run in a step, lowered where memory was short, and
+    `calm_steps` how many have gone well since.
+    """
 
-    def __init__(self, spec: Replica, order: int) -> None:
+    __slots__ = (
+        "batch_limit",
+        "calm_steps",
+        "cancelled",
+        "context_tokens",
+        "decoding",
+        "kv_reserved",
+        "order",
+        "prefilling",
+        "spec",
+        "step",
+        "turns",
+        "up",
+    )
+
+    def __init__(self, spec: Replica, order: int, batch_limit: int) -> None:
         self.spec = spec
         self.order = order
+        self.batch_limit = batch_limit
+        self.calm_steps = 0
+        self.turns: list[list[Sequence]] = []
         self.up = False
         self.step: RunStep | None = None
         self.prefilling: list[Sequence] = []
@@ -81,9 +104,9 @@ class ReplicaState:
         limit = self.spec.kv_tokens_max
         return limit is None or sequence.kv_tokens <= limit
 
-    def has_room_for(self, sequence: Sequence, batching: BatchingSpec) -> bool:
+    def has_room_for(self, sequence: Sequence) -> bool:
         """A place in the batch and KV cache for all of it: an admitted sequence never runs out of memory."""
-        if not self.up or self.running >= batching.max_batch_size:
+        if not self.up or self.running >= self.batch_limit:
             return False
         limit = self.spec.kv_tokens_max
         return limit is None or self.kv_reserved + sequence.kv_tokens <= limit

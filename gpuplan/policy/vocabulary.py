@@ -14,6 +14,8 @@ from msgspec import Struct
 from gpuplan.hardware.roofline import StepLoad
 
 RejectReason = Literal["queue_full", "draining", "no_replica", "too_long"]
+OUT_OF_MEMORY = "out_of_memory"
+"""The reason of a step that its replica had no memory for: such a step is split, and smaller ones follow."""
 
 
 class Word(Struct, frozen=True, tag_field="type", tag=True, omit_defaults=True):

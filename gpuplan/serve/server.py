@@ -14,6 +14,7 @@ from typing import Protocol
 
 from gpuplan.policy.core import ServingCore
 from gpuplan.policy.vocabulary import (
+    OUT_OF_MEMORY,
     Action,
     Arrive,
     Cancel,
@@ -29,7 +30,7 @@ from gpuplan.policy.vocabulary import (
     Wake,
 )
 from gpuplan.scenario.deployment import Deployment
-from gpuplan.serve.engines import Engine, Output, Prompt
+from gpuplan.serve.engines import Engine, OutOfMemory, Output, Prompt
 
 
 class Observer(Protocol):
@@ -161,7 +162,8 @@ class Server:
         except asyncio.CancelledError:
             raise
         except Exception as error:  # an engine may fail in any way; its requests must hear of it
-            self._feed(StepFailed(step.replica_id, step.step_id, f"engine_error: {type(error).__name__}"))
+            reason = OUT_OF_MEMORY if isinstance(error, OutOfMemory) else f"engine_error: {type(error).__name__}"
+            self._feed(StepFailed(step.replica_id, step.step_id, reason))
             return
         ended = tuple(request_id for request_id, output in answers if output.end or output.error)
         for request_id, output in answers:

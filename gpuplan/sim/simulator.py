@@ -13,7 +13,17 @@ import random
 from datetime import UTC, datetime
 
 from gpuplan.policy.core import ServingCore
-from gpuplan.policy.vocabulary import Action, Arrive, Event, ReplicaUp, RunStep, StepDone, StepFailed, Wake
+from gpuplan.policy.vocabulary import (
+    OUT_OF_MEMORY,
+    Action,
+    Arrive,
+    Event,
+    ReplicaUp,
+    RunStep,
+    StepDone,
+    StepFailed,
+    Wake,
+)
 from gpuplan.record.recorder import Answer, Recorder, Served
 from gpuplan.record.run import Run, RunMeta
 from gpuplan.scenario import deployment as supply
@@ -146,8 +156,7 @@ class _Simulation:
 
 
 # What a live server answers; every other refusal is a 429.
-OUT_OF_MEMORY = "engine_error: OutOfMemory"
-_REFUSALS = {"too_long": ("error", 400), OUT_OF_MEMORY: ("error", 500)}
+_REFUSALS = {"too_long": ("error", 400), OUT_OF_MEMORY: ("error", 503)}
 
 
 def _answer(request: ScheduledRequest, served: Served, warmup_s: float, downlink_s: float) -> Answer:

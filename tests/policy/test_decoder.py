@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from gpuplan.hardware.roofline import StepLoad
-from gpuplan.policy.vocabulary import Arrive, Cancel, Event, ReplicaDown, ReplicaUp, RunStep, StepFailed
+from gpuplan.policy.vocabulary import OUT_OF_MEMORY, Arrive, Cancel, Event, ReplicaDown, ReplicaUp, RunStep, StepFailed
 from tests.policy.conftest import deployment, done, follow, started
 
 Table = list[tuple[float, Event, list[str]]]
@@ -144,7 +144,7 @@ TABLES: dict[str, tuple[list[int | None], dict[str, Any], Table]] = {
             (0.2, done("chat-0", 1, 1), []),  # no Complete for who is gone
         ],
     ),
-    "a failed step takes those in it": (
+    "a failed step is tried again in halves": (
         [1000],
         {"max_batch_tokens": 16},
         [
@@ -152,7 +152,28 @@ TABLES: dict[str, tuple[list[int | None], dict[str, Any], Table]] = {
             (0.1, ask(2, 40, 9), []),
             (0.1, ask(3, 40, 9), []),
             (0.2, done("chat-0", 1), ["chat-0 #2: 2+15 =1"]),  # 3 has joined and is not in the step
-            (0.3, StepFailed("chat-0", 2, "oom"), ["fail 1: oom", "fail 2: oom", "chat-0 #3: 3+16"]),
+            (0.3, StepFailed("chat-0", 2, "engine_error"), ["chat-0 #3: =1"]),
+            (0.4, done("chat-0", 3), ["chat-0 #4: 2+16"]),  # it has the budget to itself
+            (0.5, StepFailed("chat-0", 4, "engine_error"), ["fail 2: engine_error", "chat-0 #5: 3+15 =1"]),
+            (0.6, done("chat-0", 5), ["chat-0 #6: 3+15 =1"]),
+        ],
+    ),
+    "without memory they take turns": (
+        [1000],
+        {"max_batch_tokens": 100},
+        [
+            (0.0, ask(1, 10, 9), ["chat-0 #1: 1+10!"]),
+            (0.1, ask(2, 10, 9), []),
+            (0.1, ask(3, 10, 9), []),
+            (0.2, done("chat-0", 1), ["chat-0 #2: 2+10! 3+10! =1"]),
+            (0.3, StepFailed("chat-0", 2, OUT_OF_MEMORY), ["chat-0 #3: 2+10! =1"]),
+            (0.4, StepFailed("chat-0", 3, OUT_OF_MEMORY), ["chat-0 #4: =1"]),
+            (0.5, done("chat-0", 4), ["chat-0 #5: 2+10!"]),
+            (0.6, done("chat-0", 5), ["chat-0 #6: 3+10!"]),
+            (0.7, done("chat-0", 6), ["chat-0 #7: =1"]),  # one at a time from now on, in turn
+            (0.8, done("chat-0", 7), ["chat-0 #8: =2"]),
+            (0.9, Cancel(3), []),
+            (1.0, done("chat-0", 8), ["chat-0 #9: =1"]),
         ],
     ),
     "a failed step, and one cancelled beside it": (
@@ -177,8 +198,17 @@ TABLES: dict[str, tuple[list[int | None], dict[str, Any], Table]] = {
             (0.2, ReplicaDown("chat-1"), []),  # 2 has been cancelled: nobody is told
             (0.3, ReplicaUp("chat-1"), ["chat-1 #3: 3+10!"]),  # with its KV cache empty
             (0.4, done("chat-1", 2), []),  # stale
-            (0.5, ReplicaDown("chat-0"), ["fail 1: replica_lost"]),
-            (0.6, ReplicaDown("chat-1"), ["fail 3: replica_lost"]),
+            (0.5, ReplicaDown("chat-0"), []),  # 1 had no token yet: it waits for the other
+            (0.6, ReplicaDown("chat-1"), ["fail 3: replica_lost", "fail 1: no_replica"]),
+        ],
+    ),
+    "a token was sent": (
+        [1000, 1000],
+        {},
+        [
+            (0.0, ask(1, 10, 9), ["chat-0 #1: 1+10!"]),
+            (0.1, done("chat-0", 1), ["chat-0 #2: =1"]),
+            (0.2, ReplicaDown("chat-0"), ["fail 1: replica_lost"]),  # nobody can go on where it stopped
         ],
     ),
     "the only one large enough is lost": (

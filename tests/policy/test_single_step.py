@@ -7,6 +7,7 @@ import pytest
 from gpuplan.hardware.roofline import StepLoad
 from gpuplan.policy.core import ServingCore
 from gpuplan.policy.vocabulary import (
+    OUT_OF_MEMORY,
     Arrive,
     Cancel,
     Drain,
@@ -162,8 +163,48 @@ TABLES: dict[str, tuple[dict[str, float], int, Table]] = {
             (0.0, ask(3), []),
             (0.1, StepFailed("mood-0", 1, "engine_error"), ["fail 1: engine_error", "mood-0 #2: 2 3"]),  # others go on
             (0.2, Cancel(2), []),
-            (0.3, StepFailed("mood-0", 2, "engine_error"), ["fail 3: engine_error"]),  # 2 does not want to know
+            (0.3, StepFailed("mood-0", 2, "engine_error"), ["mood-0 #3: 3"]),  # 2 does not want to know
             (0.4, StepFailed("mood-0", 2, "engine_error"), []),  # stale
+            (0.5, StepFailed("mood-0", 3, "engine_error"), ["fail 3: engine_error"]),
+        ],
+    ),
+    "only the culprit gets the error": (
+        {"max_batch_size": 4},
+        1,
+        [
+            (0.0, ask(1), ["mood-0 #1: 1"]),
+            *((0.1, ask(i), []) for i in (2, 3, 4, 5, 6)),
+            (0.2, done("mood-0", 1), ["complete 1", "mood-0 #2: 2 3 4 5"]),
+            (0.3, StepFailed("mood-0", 2, "engine_error"), ["mood-0 #3: 2 3"]),
+            (0.4, done("mood-0", 3), ["complete 2", "complete 3", "mood-0 #4: 4 5"]),
+            (0.5, StepFailed("mood-0", 4, "engine_error"), ["mood-0 #5: 4"]),
+            (0.6, StepFailed("mood-0", 5, "engine_error"), ["fail 4: engine_error", "mood-0 #6: 5"]),
+            (0.7, done("mood-0", 6), ["complete 5", "mood-0 #7: 6"]),  # who waited comes after
+        ],
+    ),
+    "without memory batches are smaller": (
+        {"max_batch_size": 8},
+        1,
+        [
+            (0.0, ask(1), ["mood-0 #1: 1"]),
+            *((0.1, ask(i), []) for i in (2, 3, 4, 5)),
+            (0.2, done("mood-0", 1), ["complete 1", "mood-0 #2: 2 3 4 5"]),
+            (0.3, StepFailed("mood-0", 2, OUT_OF_MEMORY), ["mood-0 #3: 2 3"]),
+            *((0.3, ask(i), []) for i in (6, 7, 8)),
+            (0.4, done("mood-0", 3), ["complete 2", "complete 3", "mood-0 #4: 4 5"]),
+            (0.5, done("mood-0", 4), ["complete 4", "complete 5", "mood-0 #5: 6 7"]),  # not 6 7 8
+            (0.6, StepFailed("mood-0", 5, OUT_OF_MEMORY), ["mood-0 #6: 6"]),
+            (0.7, StepFailed("mood-0", 6, OUT_OF_MEMORY), ["fail 6: out_of_memory", "mood-0 #7: 7"]),
+        ],
+    ),
+    "two replicas died under it": (
+        {"max_batch_size": 2},
+        2,
+        [
+            (0.0, ask(1), ["mood-0 #1: 1"]),
+            (0.1, ReplicaDown("mood-0"), ["mood-1 #2: 1"]),
+            (0.2, ReplicaUp("mood-0"), []),
+            (0.3, ReplicaDown("mood-1"), ["fail 1: replica_lost"]),  # it is not given a third
         ],
     ),
     "a sibling takes over": (
@@ -173,9 +214,9 @@ TABLES: dict[str, tuple[dict[str, float], int, Table]] = {
             (0.0, ask(1), ["mood-0 #1: 1"]),
             (0.0, ask(2), ["mood-1 #2: 2"]),
             (0.1, ask(3), []),
-            (0.2, ReplicaDown("mood-0"), ["fail 1: replica_lost"]),  # 3 waits for the other
+            (0.2, ReplicaDown("mood-0"), []),  # 1 and 3 wait for the other
             (0.3, done("mood-0", 1), []),  # stale: the step of a replica that is gone
-            (0.4, done("mood-1", 2), ["complete 2", "mood-1 #3: 3"]),
+            (0.4, done("mood-1", 2), ["complete 2", "mood-1 #3: 1 3"]),
             (0.5, ask(4), []),
             (0.6, ReplicaUp("mood-0"), ["mood-0 #4: 4"]),  # back, and there is work
             (0.7, done("mood-0", 1), []),  # stale still, although a step runs

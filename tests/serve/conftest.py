@@ -31,7 +31,8 @@ SCENARIO = {
 
 
 class FakeEngine:
-    """Answers a step when `gate` is open; fails it when `failure` is set; `bad` requests get an output with an error."""
+    """Answers a step when `gate` is open; fails it when `failure` is set, or when a prompt in it is `poison`; `bad`
+    requests get an output with an error."""
 
     description = "fake"
     provenance: Provenance = "emulated"
@@ -54,6 +55,8 @@ class FakeEngine:
         self.steps.append(step)
         await self.gate.wait()
         await asyncio.sleep(0)
+        if any(prompt.text == "poison" for prompt in prompts.values()):
+            raise RuntimeError("a kernel has crashed")
         if self.failure is not None:
             raise self.failure
         return {i: Output(f"t{i} ", error="nan_output" if i in self.bad else None) for i in step.answered()}

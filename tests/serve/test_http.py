@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from gpuplan.scenario import deployment
 from gpuplan.scenario.build import build
 from gpuplan.scenario.demand import Scenario
+from gpuplan.serve.engines import OutOfMemory
 from gpuplan.serve.http import app
 from gpuplan.serve.service import Service, ServiceOptions, serving
 
@@ -147,6 +148,25 @@ def test_bad_bodies_get_a_clear_error_and_the_server_lives() -> None:
         assert (await client.get("/health/ready")).status_code == 200
 
     run(CPU, scene)
+
+
+def test_a_server_out_of_gpu_memory_says_so_and_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(client: httpx.AsyncClient, service: Service) -> None:
+        async def no_room(*_: Any, **__: Any) -> None:
+            raise OutOfMemory
+
+        with monkeypatch.context() as patched:
+            for engine in service.engines.values():
+                patched.setattr(engine, "run", no_room)
+            once = await client.post("/v1/classify", json={"model": "sentiment", "input": "good"})
+            assert once.status_code == 503
+            assert once.json()["error"]["message"] == "model unavailable: out of GPU memory"
+            asked = {"model": "llm", "prompt": "hello", "max_tokens": 2, "stream": True}
+            streamed = await client.post("/v1/completions", json=asked)
+            assert "out of GPU memory" in streamed.text
+        assert (await client.post("/v1/classify", json={"model": "sentiment", "input": "good"})).status_code == 200
+
+    run(EMULATED, scene)
 
 
 def test_a_client_that_hangs_up_frees_its_place() -> None:

@@ -79,6 +79,22 @@ def test_a_failed_step_fails_its_requests_and_the_next_is_served(fake_deployment
     drive(fake_deployment, scene)
 
 
+def test_a_poisoned_request_fails_alone_and_its_batch_mates_are_answered(fake_deployment: Deployment) -> None:
+    async def scene(server: Server, engines: dict[str, FakeEngine]) -> None:
+        engines["mood-0"].gate.clear()
+        texts = ["a", "poison", "b", "c"]
+        tickets = [server.submit("mood", server.tokenize("mood", text), output_tokens=0) for text in texts]
+        engines["mood-0"].gate.set()
+        for text, ticket in zip(texts, tickets, strict=True):
+            if text == "poison":
+                with pytest.raises(RequestFailed, match="engine_error: RuntimeError"):
+                    await read(ticket)
+            else:
+                assert len(await read(ticket)) == 1, text
+
+    drive(fake_deployment, scene)
+
+
 def test_a_bad_output_fails_its_request_alone(fake_deployment: Deployment) -> None:
     async def scene(server: Server, engines: dict[str, FakeEngine]) -> None:
         engine = engines["mood-0"]

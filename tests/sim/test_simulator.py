@@ -169,7 +169,7 @@ def test_a_request_longer_than_the_kv_cache_is_an_error_and_no_overload() -> Non
     assert (figures["errors"], figures["rejected"]) == ({"too_long": 10}, 0)
 
 
-def test_a_batch_that_a_slice_has_no_memory_for_fails_as_on_a_card() -> None:
+def test_a_batch_that_a_slice_has_no_memory_for_is_split_and_the_next_are_smaller() -> None:
     """Activations of 32 prompts of 100,000 tokens are more than a 1g slice has; of one they are not."""
     long = {"name": "long", "model": "mood", "arrivals": {"process": "constant", "rate": 4}, "prompt_tokens": 100_000}
     card = {"gpu": "a100-80gb", "mig": ["1g.10gb"], "replicas": [{"model": "mood", "slice": "1g.10gb"}]}
@@ -179,10 +179,21 @@ def test_a_batch_that_a_slice_has_no_memory_for_fails_as_on_a_card() -> None:
     for size in (1, 32):
         batching = {"mood": {"max_batch_size": size, "max_queue_delay": 30.0}}
         data = single_step(models={"mood": shape}, traffic=[long], deployment={**card, "batching": batching})
-        figures.append(summarize(run(files.build(data, Scenario)))["overall"])
+        figures.append(run(files.build(data, Scenario)))
     alone, batched = figures
-    assert alone["errors"] == {} and alone["completed"] > 0
-    assert batched["completed"] == 0 and set(batched["errors"]) == {"engine_error: OutOfMemory"}
+    assert not alone.batches["failed"].any()
+    failed = batched.batches["failed"].astype(bool)
+    assert failed.any() and batched.batches["batch_size"][~failed].max() < batched.batches["batch_size"][failed].min()
+    assert (batched.requests["status"] == "completed").all()
+
+
+def test_a_request_that_fits_no_memory_is_an_error_of_the_server() -> None:
+    long = {"name": "long", "model": "mood", "arrivals": {"process": "constant", "rate": 1}, "prompt_tokens": 900_000}
+    card = {"gpu": "a100-80gb", "mig": ["1g.10gb"], "replicas": [{"model": "mood", "slice": "1g.10gb"}]}
+    window = {"layers": 1, "hidden": 768, "heads": 12, "ffn": 3072, "vocabulary": 30522, "context_tokens_max": 10**6}
+    shape = {"shape": {**window, "role": "classifier", "gated_ffn": False}}
+    requests = run(files.build(single_step(models={"mood": shape}, traffic=[long], deployment=card), Scenario)).requests
+    assert set(requests["error"]) == {"out_of_memory"} and set(requests["http_status"]) == {503}
 
 
 def test_emulated_steps_say_how_far_off_they_may_be() -> None:

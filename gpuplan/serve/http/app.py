@@ -194,7 +194,7 @@ class _Http:
                 ending += reply.usage(openai.usage(prompt_tokens, tokens))
             yield ending + openai.DONE
         except (RequestFailed, RequestRefused) as error:
-            yield openai.event(openai.error(500, f"the request failed: {error}")) + openai.DONE
+            yield openai.event(openai.error(*_failure(error))) + openai.DONE
         finally:
             self._server.cancel(ticket)
 
@@ -221,6 +221,16 @@ _REASONS = {
     "no_replica": (503, "no replica of the model is up"),
     "too_long": (400, "the request needs more KV cache than any replica has"),
 }
+# What an admitted request may meet that is no fault of its own; everything else is a 500.
+_FAILURES = {
+    "out_of_memory": (503, "model unavailable: out of GPU memory"),
+    "replica_lost": (503, "the replica that ran the request was lost"),
+    "no_replica": (503, "no replica of the model is up"),
+}
+
+
+def _failure(error: RequestFailed | RequestRefused) -> tuple[int, str]:
+    return _FAILURES.get(str(error), (500, f"the request failed: {error}"))
 
 
 def _answering(handler: Handler, api_key: str | None) -> Handler:
@@ -241,7 +251,7 @@ def _answering(handler: Handler, api_key: str | None) -> Handler:
             retry_after_s = refused.retry_after_s if status != 400 else None
             return Refusal(status, message, retry_after_s=retry_after_s).response()
         except RequestFailed as failed:
-            return Refusal(500, f"the request failed: {failed}").response()
+            return Refusal(*_failure(failed)).response()
         except ClientDisconnect:
             return Response(status_code=499)
 
