@@ -226,7 +226,7 @@ class ServingCore:
                     self._start(replica, batching.iteration(model, replica, self._steps + 1, group), actions)
             return
         for replica in model.replicas:
-            if replica.idle and (group := failures.next_turn(replica, self._sequences)):
+            if replica.turns and replica.idle and (group := failures.next_turn(replica, self._sequences)):
                 self._start(replica, batching.single_step(model, replica, self._steps + 1, group), actions)
         while model.queue and self._now_s >= batching.batch_due_s(model):
             chosen = dispatch.least_loaded(model, model.queue[0])
