@@ -115,7 +115,7 @@ def exit_on(conditions: str | None, figures: dict[str, Any]) -> None:
 
 def make_plan(run: Run, *, quiet: bool) -> dict[str, Any] | None:
     """The plan for a run's scenario, with what is being tried shown meanwhile; None when Ctrl-C ended it or nothing can
-    be planned (said aloud: the run is already on disk)."""
+    be planned (said aloud and noted in the report: the run is already on disk)."""
     from rich.console import Console
     from rich.text import Text
 
@@ -127,9 +127,11 @@ def make_plan(run: Run, *, quiet: bool) -> dict[str, Any] | None:
         with console.status("planning") as status:
             return search(run, on_progress=lambda text: status.update(Text(f"planning: {text}")))
     except KeyboardInterrupt:
-        console.print("planning was interrupted; the report has no plan")
+        why = "planning was interrupted"
     except GpuplanError as error:
-        sys.stderr.write(f"no plan: {error}\n")
+        why = str(error)
+    run.meta.notes.append(f"no plan: {why}")
+    sys.stderr.write(f"no plan: {why}\n")
     return None
 
 

@@ -32,7 +32,7 @@ def print_summary(run: Run, summary: Summary, plan: dict[str, Any] | None, conso
     console.print(_origin(run))
     console.print()
     if not plan:
-        console.print(Text("no plan was asked for"))
+        console.print(Text("no plan was made"))
         return
     console.print(_text(plan["verdict"], "bold" if plan["meets_slos"] else "bold red"))
     facts = Table.grid(padding=(0, 2))

@@ -28,7 +28,7 @@ def test_every_run_is_told_in_few_lines(odd_run: Run, planned: bool, make_plan: 
     text = printed(odd_run, summarize(odd_run), plan)
     assert "nan" not in text and "None" not in text
     assert len(text.splitlines()) <= 45
-    assert ("no plan was asked for" in text) == (plan is None)
+    assert ("no plan was made" in text) == (plan is None)
 
 
 def test_the_answer_fits_80_columns(quickstart: Run, make_plan: PlanFor) -> None:

@@ -153,7 +153,7 @@ def test_the_plan_is_told(quickstart: Run, make_plan: PlanFor) -> None:
     cpu = Outline(page.render(quickstart, summarize(quickstart), make_plan(quickstart, gpu="cpu"))).text
     assert "there is no card to cut" in cpu
     assert "no price is set" in cpu
-    assert "No plan was asked for" in Outline(page.render(quickstart, summarize(quickstart), None)).text
+    assert "No plan was made" in Outline(page.render(quickstart, summarize(quickstart), None)).text
 
 
 def test_a_missed_slo_is_told_with_its_margin(quickstart: Run) -> None:
