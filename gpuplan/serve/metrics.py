@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -13,6 +13,7 @@ from gpuplan.policy.core import ServingCore
 from gpuplan.policy.vocabulary import Action, Arrive, Cancel, Complete, Event, Fail, Reject, RunStep, StepDone
 from gpuplan.record.recorder import Sample
 from gpuplan.scenario.deployment import Deployment
+from gpuplan.serve.lag import LoopLag
 from gpuplan.telemetry.prometheus import OWN
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -47,9 +48,11 @@ class Metrics:
         self.registry.register(self._cards)
         self._latency = histogram("e2e_request_latency_seconds", "From arrival to the end.", _SECONDS)
 
-    def watch(self, core: ServingCore, deployment: Deployment) -> None:
-        """Exposes the core's queues as gauges."""
+    def watch(self, core: ServingCore, deployment: Deployment, lag: LoopLag) -> None:
+        """Exposes the core's queues and the event loop's lag as gauges."""
         self.registry.register(_Queues(core, deployment))
+        late = Gauge("gpuplan_event_loop_lag_seconds", "How late the event loop last was.", registry=self.registry)
+        late.set_function(lambda: lag.last_s)
 
     def sampled(self, samples: Iterable[Sample]) -> None:
         """Telemetry was read, in whatever thread."""

@@ -24,6 +24,7 @@ from gpuplan.scenario.deployment import Deployment
 from gpuplan.serve import models
 from gpuplan.serve.engines import Engine
 from gpuplan.serve.http.app import make_app
+from gpuplan.serve.lag import LoopLag
 from gpuplan.serve.metrics import Metrics
 from gpuplan.serve.server import Observer, Server
 from gpuplan.telemetry import choice, nvml
@@ -60,6 +61,7 @@ class Service:
     sampler: Sampler | None
     engines: dict[str, Engine]
     listener: _Listener
+    lag: LoopLag
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -80,6 +82,7 @@ class Service:
             "notes": [
                 *dict.fromkeys([*self.notes, *(self.sampler.problems if self.sampler else ())]),
                 *(f"{r}: {note}" for r, engine in self.engines.items() for note in engine.notes()),
+                *self.lag.notes(),
             ],
         }
 
@@ -101,13 +104,16 @@ async def serving(deployment: Deployment, options: ServiceOptions, *, signals: b
     emulated = EmulatedCards(deployment) if any(e.provenance == "emulated" for e in engines.values()) else None
     observers: list[Observer] = [o for o in (metrics, recorder, emulated) if o is not None]
     server = Server(deployment, engines, observers)
-    metrics.watch(server.core, deployment)
+    lag = LoopLag()
+    metrics.watch(server.core, deployment, lag)
     listening = _bind(options.host, options.port)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(listening.close)
         stack.push_async_callback(server.close)
         source = choice.source(options.telemetry, emulated=emulated, cards_here=card_present)
         await server.start()
+        lag.start()
+        stack.callback(lag.stop)
         sinks = (metrics, recorder) if recorder else (metrics,)
         sampler = Sampler(source, *sinks, hz=options.sample_hz) if source else None
         if sampler:
@@ -123,6 +129,7 @@ async def serving(deployment: Deployment, options: ServiceOptions, *, signals: b
             sampler,
             engines,
             listener,
+            lag,
             problems if options.telemetry in (choice.AUTO, "nvml") else [],
         )
         yield service

@@ -220,6 +220,7 @@ def test_metrics_parse_and_count() -> None:
         assert samples[("gpuplan_prompt_tokens_total", ("model", "llm"))] == 2
         assert samples[("gpuplan_requests_waiting", ("model", "llm"))] == 0
         assert samples[("gpuplan_step_seconds_count", ("model", "llm"))] == 3
+        assert 0 <= samples[("gpuplan_event_loop_lag_seconds",)] < 1
 
     run(EMULATED, scene)
 
