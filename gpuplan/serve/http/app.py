@@ -221,11 +221,12 @@ _REASONS = {
     "no_replica": (503, "no replica of the model is up"),
     "too_long": (400, "the request needs more KV cache than any replica has"),
 }
-# What an admitted request may meet that is no fault of its own; everything else is a 500.
+# What an admitted request may meet, in words; everything else is a 500 with its reason.
 _FAILURES = {
     "out_of_memory": (503, "model unavailable: out of GPU memory"),
     "replica_lost": (503, "the replica that ran the request was lost"),
     "no_replica": (503, "no replica of the model is up"),
+    "nan_output": (500, "the model's output was not a number"),
 }
 
 
