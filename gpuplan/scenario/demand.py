@@ -42,7 +42,7 @@ class Gamma(Section, frozen=True, tag_field="process", tag="gamma"):
     burstier, more is steadier."""
 
     rate: Rate
-    burstiness: Annotated[float, Meta(gt=0.0)] = 1.0
+    burstiness: Annotated[float, Meta(ge=0.01, le=1e6)] = 1.0
 
 
 class Trace(Section, frozen=True, tag_field="process", tag="trace"):
@@ -175,7 +175,7 @@ class MigProfileSpec(Section, frozen=True):
     width: Cells
     starts: list[Annotated[int, Meta(ge=0, lt=64)]]
     count_max: Cells
-    memory_gib: Annotated[float, Meta(gt=0.0)]
+    memory_gib: Annotated[float, Meta(gt=0.0, le=1_000_000.0)]
     sm_count: Count
     cells: Cells | None = None
     profile_id: Annotated[int, Meta(ge=0)] | None = None

@@ -23,6 +23,9 @@ from gpuplan.scenario import demand, deployment, text
 from gpuplan.scenario.build import build
 from gpuplan.scenario.demand import Scenario
 
+CONFIG_CHARS_MAX = 1 << 20
+"""A `config.json` is some kilobytes: a weight file named by mistake is not read to its end."""
+
 CardsHere = Callable[[], Mapping[str, tuple[Profile, ...]]]
 """The catalogue's names of this machine's cards, and the MIG profiles that each reports."""
 
@@ -226,14 +229,17 @@ def _spec(path: str, key: str) -> demand.ShapeSpec:
 
 def shape_named(name: str, *, key: str) -> shapes.ModelShape:
     """The shape of that name, or the one that a `config.json` (a file, or in a folder) of that path describes."""
-    path = Path(name)
-    return _shape_in(path, key) if path.exists() else shapes.shape(name, key=key)
+    # A known name is no path, whatever lies in the folder; everything with a separator or an ending is one.
+    if name.lower() not in shapes.SHAPES and (os.sep in name or name.endswith(".json")):
+        return _shape_in(Path(name), key)
+    return shapes.shape(name, key=key)
 
 
 def _shape_in(path: Path, key: str) -> shapes.ModelShape:
-    path = path / "config.json" if path.is_dir() else path
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        path = path / "config.json" if path.is_dir() else path
+        with path.open(encoding="utf-8") as file:
+            config = json.loads(file.read(CONFIG_CHARS_MAX))
     except OSError as error:
         raise InputError(f"cannot read: {error.strerror}", key=key, value=str(path)) from None
     except (ValueError, RecursionError):

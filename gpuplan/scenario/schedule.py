@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpuplan.errors import InputError
 from gpuplan.scenario import demand, traces
 from gpuplan.scenario.demand import Lengths, Scenario, TrafficClass
 from gpuplan.scenario.deployment import role, shape_of
@@ -29,6 +30,10 @@ class ScheduledRequest:
     model: str
     prompt_tokens: int
     output_tokens: int
+
+
+REQUESTS_MAX = 5_000_000
+"""Of one run: some gigabytes of rows, and hours of a load generator."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +55,7 @@ def build_schedule(scenario: Scenario, *, rate_scale: float = 1.0, speed: float 
     for order, traffic in enumerate(scenario.traffic):
         source = scenario.models[traffic.model]
         shape = shape_of(source)
-        window = shape.context_tokens_max if shape and source.emulate else None
+        window = shape.context_tokens_max if shape and source.emulated else None
         decoder = role(source) == "decoder"
         for time_s, prompt, output in _requests(scenario, traffic, rate_scale, speed):
             output = output if decoder else 0
@@ -59,6 +64,12 @@ def build_schedule(scenario: Scenario, *, rate_scale: float = 1.0, speed: float 
                 prompt = min(prompt, window - 1 if decoder else window)
                 output = min(output, window - prompt)
             rows.append((time_s, order, prompt, output))
+            if len(rows) > REQUESTS_MAX:
+                raise InputError(
+                    "too many requests for one run",
+                    key=f"traffic[{order}].arrivals",
+                    allowed=f"up to {REQUESTS_MAX:,} in the duration",
+                )
     rows.sort(key=lambda row: (row[0], row[1]))
     classes = scenario.traffic
     requests = tuple(

@@ -74,6 +74,7 @@ def test_a_tuple_of_profiles_becomes_rows_and_the_same_tuple_again() -> None:
         ({"starts": []}, "deployment.mig_profiles[0].starts: does not lie on the card"),
         ({"cells": 4}, "deployment.mig_profiles[0].starts: does not lie on the card"),
         ({"memory_gib": 0}, "deployment.mig_profiles[0].memory_gib: invalid value"),
+        ({"memory_gib": 1e308}, "deployment.mig_profiles[0].memory_gib: invalid value"),
         ({"bandwidth": 1}, "deployment.mig_profiles[0].bandwidth: unknown key; allowed: cells, count_max"),
     ],
 )
@@ -130,7 +131,9 @@ def test_a_config_json_is_read_once_and_kept_as_the_shape(tmp_path: Path, where:
         ({**OWN, "context_tokens_max": 1, "kv_heads": 5}, "models.mood.shape.kv_heads: must divide heads (got 5)"),
         ({**OWN, "context_tokens_max": 1, "role": "chat"}, "models.mood.shape.role: invalid value"),
         ("nowhere.json", "models.mood.shape: cannot read: No such file"),
+        ("9" * 400, "models.mood.shape: cannot read: File name too long"),
         ("broken.json", "models.mood.shape: not JSON"),
+        ("weights.json", "models.mood.shape: not JSON"),  # JSON, and no configuration: it is not read to its end
         ("list.json", "models.mood.shape: needs a mapping"),
         ("half.json", "models.mood.shape: vocab_size is missing"),
         (7, "models.mood.shape: invalid value"),
@@ -139,6 +142,7 @@ def test_a_config_json_is_read_once_and_kept_as_the_shape(tmp_path: Path, where:
 def test_a_shape_that_says_too_little_is_named(tmp_path: Path, shape: Any, said: str) -> None:
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "weights.json").write_text(json.dumps({"w": "0" * (1 << 20)}))
     (tmp_path / "half.json").write_text(json.dumps({k: v for k, v in LLAMA_3.items() if k != "vocab_size"}))
     with pytest.raises(InputError) as caught:
         loaded(tmp_path, **with_shape(shape))

@@ -149,6 +149,13 @@ REPLACED = [
     ("rate: 2", "rate: fast", 10, "traffic[0].arrivals.rate", "(got 'fast'); allowed: float"),
     ("rate: 2", "rate: true", 10, "traffic[0].arrivals.rate", "(got True); allowed: float"),
     ("rate: 2", "rate: 2, burstiness: 2", 10, "traffic[0].arrivals.burstiness", "allowed: rate"),  # gamma's key
+    (
+        "poisson, rate: 2",
+        "gamma, rate: 2, burstiness: 1.0e-9",
+        10,
+        "traffic[0].arrivals.burstiness",
+        "allowed: float >= 0.01",
+    ),
     ("poisson", "sine", 10, "traffic[0].arrivals.process", "allowed: constant, poisson, gamma, trace"),
     ("process: poisson, ", "", 10, "traffic[0].arrivals.process", "allowed: constant, poisson"),
     ("seed: 1", "seed: 1.5", 2, "seed", "(got 1.5); allowed: int"),

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gpuplan.errors import InputError
 from gpuplan.scenario import files, traces
 from gpuplan.scenario.demand import Scenario
 from gpuplan.scenario.schedule import Schedule, build_schedule
 from gpuplan.scenario.traces import TraceRow
+from tests.conftest import single_step
 
 TOKENS = {"prompt_tokens": {"lognormal": {"p50": 100, "p95": 400}}, "output_tokens": 10}
 
@@ -161,3 +163,22 @@ def test_a_trace_keeps_its_times_and_lengths(
     mine = [(r.prompt_tokens, r.output_tokens) for r in schedule.requests if r.traffic_class == "a"]
     assert mine == [(50 + i, 5 + i) for i in range(len(expected))]
     assert len(times(schedule, "b")) == 60 * rate_scale, "speed is for traces, the rate for all"
+
+
+def test_a_shape_of_one_s_own_has_its_window_too() -> None:
+    own = {"layers": 2, "hidden": 64, "heads": 4, "ffn": 128, "vocabulary": 100, "context_tokens_max": 100}
+    data = single_step(models={"mood": {"shape": own}}, duration=2.0)
+    data["traffic"][0] |= {"prompt_tokens": 90, "output_tokens": 30, "slo": {}}
+    schedule = build_schedule(files.build(data, Scenario))
+    assert {(r.prompt_tokens, r.output_tokens) for r in schedule.requests} == {(90, 10)}
+    assert schedule.clipped == len(schedule.requests) > 0
+
+
+def test_a_schedule_that_no_run_could_hold_is_refused_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpuplan.scenario.schedule.REQUESTS_MAX", 100)
+    data = single_step()
+    data["traffic"][0]["arrivals"]["rate"] = 1e6
+    with pytest.raises(
+        InputError, match=r"traffic\[0\].arrivals: too many requests for one run; allowed: up to 100 in"
+    ):
+        build_schedule(files.build(data, Scenario))
