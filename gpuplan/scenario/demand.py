@@ -13,6 +13,8 @@ from msgspec import Meta, Struct
 
 Duration = Annotated[float, Meta(ge=0.0, extra={"duration": True})]
 """Seconds; in a file also `250ms`, `60s`, `5m`, `1h`."""
+QueueDelay = Annotated[float, Meta(ge=0.0, le=60.0, extra={"duration": True})]
+"""A duration that somebody waits: a minute is beyond every client's patience."""
 Rate = Annotated[float, Meta(gt=0.0, le=1e6)]
 Count = Annotated[int, Meta(ge=1, le=10_000_000)]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
@@ -143,7 +145,7 @@ class BatchingSpec(Section, frozen=True):
     """
 
     max_batch_size: Annotated[int, Meta(ge=1, le=4096)] = 32
-    max_queue_delay: Duration = 0.0
+    max_queue_delay: QueueDelay = 0.0
     max_queue_size: Annotated[int, Meta(ge=1, le=1_000_000)] = 256
     max_batch_tokens: Annotated[int, Meta(ge=16, le=1_000_000)] = 2048
 

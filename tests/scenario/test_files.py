@@ -162,6 +162,13 @@ REPLACED = [
     ("seed: 1", "seed: [1]", 2, "seed", "(got [1]); allowed: int"),
     ("seed: 1", "seed: -1", 2, "seed", "(got -1); allowed: int >= 0"),
     ("duration: 10s", "duration: 10 parsecs", 3, "duration", "(got '10 parsecs'); allowed: e.g. 250ms, 60s"),
+    (
+        "slice: 3g.40gb}]",
+        "slice: 3g.40gb}]\n  batching: {chat: {max_queue_delay: 2h}}",
+        18,
+        "deployment.batching.chat.max_queue_delay",
+        "allowed: float <= 60",
+    ),
     ("duration: 10s", "duration: 0", 3, "duration", "allowed: e.g. 60s"),
     ("duration: 10s", "duration: .inf", 3, "duration", "allowed: "),  # would never end
     ("warmup: 1s", "warmup: 10s", 4, "warmup", "nothing is left to measure (got 10.0); allowed: less than duration"),
