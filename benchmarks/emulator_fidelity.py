@@ -40,8 +40,8 @@ def main() -> None:
     operators = [Operators.read(file) for file in sorted((options.data / "gpu-profiles").glob("*.csv"))]
     print("(a) linear operators of a layer, 1 to 4096 tokens, tensor parallel 1 to 8: mean absolute error, %")
     for one in operators:
-        shipped = one.error(roofline.CONSTANTS[one.architecture], STRUCTURE)
-        unmeasured = one.error(roofline.UNMEASURED, STRUCTURE)
+        shipped = one.error(roofline.CONSTANTS[one.architecture].linear, STRUCTURE)
+        unmeasured = one.error(roofline.UNMEASURED.linear, STRUCTURE)
         print(f"  {one.name:34} shipped constants {100 * shipped:5.2f}, the set for any card {100 * unmeasured:.2f}")
     if options.refit:
         leave_out(operators)
@@ -145,8 +145,7 @@ def fit(known: list[Operators], *, tied: bool = False) -> tuple[dict[str, Consta
     def unpack(point: Floats) -> tuple[dict[str, Constants], Structure]:
         values = iter((low + (high - low) * np.clip(point, 0, 1)).tolist())
         structure = Structure(**{name: next(values) for name in STRUCTURAL})
-        idle = {"elementwise_launch_s": 0.0, "elementwise_passes": 0.0}
-        return {name: Constants(**{key: next(values) for key in PHYSICAL}, **idle) for name in names}, structure
+        return {name: Constants(**{key: next(values) for key in PHYSICAL}) for name in names}, structure
 
     def loss(point: Floats) -> float:
         constants, structure = unpack(point)

@@ -111,7 +111,7 @@ def _show_steps(card: Gpu, asked: _Asked, *, as_json: bool) -> None:
     from gpuplan.scenario import files
 
     shape = files.shape_named(asked.model, key="--model")
-    part = mig.whole(card) if asked.part == mig.WHOLE else mig.profile(card, asked.part, key="--slice")
+    part = mig.part(card, asked.part, key="--slice")
     if shape.heads % asked.tensor_parallel:
         divisors = ", ".join(str(n) for n in range(1, shape.heads + 1) if shape.heads % n == 0)
         raise InputError(

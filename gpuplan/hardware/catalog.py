@@ -12,9 +12,7 @@ from dataclasses import dataclass
 
 from gpuplan.errors import unknown_name
 from gpuplan.hardware.profiles import GIB as GIB
-from gpuplan.hardware.profiles import PROFILES, Profile
-
-MIB = 1 << 20
+from gpuplan.hardware.profiles import MIB, PROFILES, Profile
 
 WORDS = {
     "bandwidth_bytes_per_s": "bandwidth",
@@ -68,29 +66,18 @@ class Gpu:
     l2_bytes: int
     power_limit_w: float
     idle_power_w: float
+    link_bytes_per_s: float
+    """What it can exchange with its peers, both directions together: NVLink to all of an SXM board or to the other end
+    of a PCIe card's bridge, else PCIe."""
     price_per_hour: float
     price_source: str
     profiles: tuple[Profile, ...] = ()
     """What MIG can cut it into; empty for a card without MIG."""
     assumed: frozenset[str] = frozenset()
 
-    @property
-    def link_bytes_per_s(self) -> float:
-        """What it can exchange with its peers, both directions together."""
-        return _NVLINK_BYTES_PER_S.get(self.name, _PCIE_BYTES_PER_S)
 
-
-_PCIE_BYTES_PER_S = 64e9
+PCIE_GB_PER_S = 64
 """Sixteen lanes of PCIe 4, both directions. Cards with PCIe 5 have twice that, at best: hosts often give less."""
-# NVLink by data sheet: to all peers of an SXM board, to the one or three at the other end of a PCIe card's bridge.
-_NVLINK_BYTES_PER_S = {
-    "a30": 200e9,
-    **dict.fromkeys(("a100-40gb", "a100-40gb-pcie", "a100-80gb", "a100-80gb-pcie"), 600e9),
-    **dict.fromkeys(("h100-80gb-pcie", "h100-nvl-94gb"), 600e9),
-    **dict.fromkeys(("h100-80gb", "gh200-96gb", "h200-141gb"), 900e9),
-    **dict.fromkeys(("b200-180gb", "gb200-186gb"), 1800e9),
-    "a40": 112.5e9,
-}
 
 
 # Prices were recalled from the providers' lists of about 2025-01 and not read again: per hour and machine, by the cards
@@ -113,10 +100,12 @@ def _card(
     watts: tuple[float, float],
     price: tuple[float, str],
     *,
+    link: float = PCIE_GB_PER_S,
     mig: str = "",
     assumed: str = "",
 ) -> Gpu:
-    """Units as on data sheets: `tflops` of fp32, fp16, fp8, int8, fp4; `sms` and their MHz; `watts` at most and idle.
+    """Units as on data sheets: `tflops` of fp32, fp16, fp8, int8, fp4; `sms` and their MHz; `watts` at most and idle;
+    `link` in GB/s.
 
     `mig` names the card whose profiles these are, where it is another.
     """
@@ -134,6 +123,7 @@ def _card(
         l2_bytes=l2_mib * MIB,
         power_limit_w=watts[0],
         idle_power_w=watts[1],
+        link_bytes_per_s=link * 1e9,
         price_per_hour=price[0],
         price_source=price[1],
         profiles=PROFILES.get(mig or name, ()),
@@ -146,27 +136,28 @@ _H100 = (494, 989, 1979, 1979, None)  # rated at 1830 MHz: tensor cores run belo
 
 # fmt: off
 _CARDS = (
-    _card("a30", "ampere", 24, 933, (82, 165, None, 330, None), (56, 1440), 24, (165, 30), (1.10, _ANALOGY)),
-    _card("a100-40gb", "ampere", 40, 1555, _A100, (108, 1410), 40, (400, 55), (2.93, _GCP)),
-    _card("a100-40gb-pcie", "ampere", 40, 1555, _A100, (108, 1410), 40, (250, 45), (2.93, _ANALOGY), mig="a100-40gb"),
-    _card("a100-80gb", "ampere", 80, 2039, _A100, (108, 1410), 40, (400, 60), (3.67, _ANALOGY)),
-    _card("a100-80gb-pcie", "ampere", 80, 1935, _A100, (108, 1410), 40, (300, 50), (3.67, _AZURE_A100),
+    _card("a30", "ampere", 24, 933, (82, 165, None, 330, None), (56, 1440), 24, (165, 30), (1.10, _ANALOGY), link=200),
+    _card("a100-40gb", "ampere", 40, 1555, _A100, (108, 1410), 40, (400, 55), (2.93, _GCP), link=600),
+    _card("a100-40gb-pcie", "ampere", 40, 1555, _A100, (108, 1410), 40, (250, 45), (2.93, _ANALOGY), link=600,
+          mig="a100-40gb"),
+    _card("a100-80gb", "ampere", 80, 2039, _A100, (108, 1410), 40, (400, 60), (3.67, _ANALOGY), link=600),
+    _card("a100-80gb-pcie", "ampere", 80, 1935, _A100, (108, 1410), 40, (300, 50), (3.67, _AZURE_A100), link=600,
           mig="a100-80gb"),
-    _card("h100-80gb", "hopper", 80, 3350, _H100, (132, 1980), 50, (700, 70), (6.98, _ANALOGY)),
+    _card("h100-80gb", "hopper", 80, 3350, _H100, (132, 1980), 50, (700, 70), (6.98, _ANALOGY), link=900),
     _card("h100-80gb-pcie", "hopper", 80, 2000, (378, 756, 1513, 1513, None), (114, 1755), 50, (350, 50),
-          (6.98, _ANALOGY)),
+          (6.98, _ANALOGY), link=600),
     _card("h100-nvl-94gb", "hopper", 94, 3938, (417.5, 835, 1671, 1671, None), (132, 1785), 60, (400, 60),
-          (6.98, _AZURE_H100), assumed="flops sm_clock_hz l2_bytes"),
+          (6.98, _AZURE_H100), link=600, assumed="flops sm_clock_hz l2_bytes"),
     # The data sheet's 450 to 1000 W are for the CPU beside it, too.
-    _card("gh200-96gb", "hopper", 96, 4000, _H100, (132, 1980), 60, (900, 90), (6.98, _ANALOGY),
+    _card("gh200-96gb", "hopper", 96, 4000, _H100, (132, 1980), 60, (900, 90), (6.98, _ANALOGY), link=900,
           assumed="power_limit_w l2_bytes"),
-    _card("h200-141gb", "hopper", 141, 4800, _H100, (132, 1980), 60, (700, 75), (8.00, _ANALOGY),
+    _card("h200-141gb", "hopper", 141, 4800, _H100, (132, 1980), 60, (700, 75), (8.00, _ANALOGY), link=900,
           assumed="l2_bytes"),
     # 7.7 TB/s: a real card's bus is 7680 bits wide at 3996 MHz; older sheets say 8. Its 148 SMs and L2 were seen, too.
     _card("b200-180gb", "blackwell", 180, 7700, (1100, 2250, 4500, 4500, 9000), (148, 1965), 126, (1000, 140),
-          (10.00, _ANALOGY), assumed="sm_clock_hz"),
+          (10.00, _ANALOGY), link=1800, assumed="sm_clock_hz"),
     _card("gb200-186gb", "blackwell", 186, 8000, (1250, 2500, 5000, 5000, 10000), (152, 2062), 126, (1200, 150),
-          (12.00, _ANALOGY), assumed="sm_count sm_clock_hz l2_bytes"),
+          (12.00, _ANALOGY), link=1800, assumed="sm_count sm_clock_hz l2_bytes"),
     # The Server Edition. FLOP/s are the Workstation Edition's, which is rated 5 % above it.
     _card("rtx-pro-6000-blackwell", "blackwell-gb202", 96, 1597, (252, 504, 1008, 1008, 2015), (188, 2617), 128,
           (600, 35), (3.00, _ANALOGY), assumed="bandwidth_bytes_per_s flops sm_clock_hz"),
@@ -176,7 +167,7 @@ _CARDS = (
     _card("a10g", "ampere-ga102", 24, 600, (35, 70, None, 140, None), (80, 1710), 6, (300, 25), (1.00, _ANALOGY),
           assumed="flops sm_clock_hz power_limit_w"),
     _card("a40", "ampere-ga102", 48, 696, (74.8, 149.7, None, 299.3, None), (84, 1740), 6, (300, 30),
-          (1.30, _ANALOGY)),
+          (1.30, _ANALOGY), link=112.5),
     _card("t4", "turing", 16, 320, (None, 65, None, 130, None), (40, 1590), 4, (70, 10), (0.35, _GCP)),
 )
 # fmt: on

@@ -57,8 +57,7 @@ class Constants:
 
     `full_loss` is the share of speed lost when all SMs are busy at once, `tile_start_s` what every wave of tiles takes
     before and after its multiplications, `flops_per_l2_byte` the unit of the L2 cache's pace. A kernel that computes
-    for `hot_after_s` has lost half of `hot_loss` in clock. The last two are for what is no matrix multiplication:
-    norms, rotations, activations and additions of a layer.
+    for `hot_after_s` has lost half of `hot_loss` in clock.
     """
 
     compute_efficiency: float
@@ -69,8 +68,6 @@ class Constants:
     tile_start_s: float
     hot_after_s: float
     hot_loss: float
-    elementwise_launch_s: float
-    elementwise_passes: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,11 +44,6 @@ class Placement:
     start: int
 
 
-def profiles(card: Gpu) -> tuple[Profile, ...]:
-    """The MIG profiles of a card, media and graphics variants included; empty when it cannot be cut."""
-    return card.profiles
-
-
 def plain_profiles(card: Gpu) -> tuple[Profile, ...]:
     """The profiles without a suffix, the 1g with double memory among them."""
     return tuple(p for p in card.profiles if not p.suffix)
@@ -70,6 +65,11 @@ def profile(card: Gpu, name: str, *, key: str = "deployment.mig") -> Profile:
     if found is None:
         raise unknown_name(f"MIG profile of {card.name}", name, [p.name for p in card.profiles], key=key)
     return found
+
+
+def part(card: Gpu, name: str, *, key: str = "deployment.mig") -> Profile:
+    """The slice of that name: the uncut card, or one of its profiles. Raises InputError with the card's names."""
+    return whole(card) if name == WHOLE else profile(card, name, key=key)
 
 
 def place(card: Gpu, names: Sequence[str], *, key: str = "deployment.mig") -> tuple[Placement, ...]:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+MIB = 1 << 20
 GIB = 1 << 30
 
 MEDIA_ENGINES = ("nvdec", "nvenc", "jpeg", "ofa")

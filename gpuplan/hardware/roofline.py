@@ -35,6 +35,16 @@ class StepLoad(Struct, frozen=True):
     context_tokens: int
     samples: int
 
+    @property
+    def tokens(self) -> int:
+        """Rows of every linear operator."""
+        return self.prefill_tokens + self.decodes
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens of KV cache that it reads and writes."""
+        return self.context_tokens + self.tokens
+
     @classmethod
     def of_prompt(cls, tokens: int) -> StepLoad:
         """A whole prompt, and the first token after it."""
@@ -76,11 +86,21 @@ class Cost:
     memory_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What is the same on all cards of an architecture: the constants of its matrix multiplications, and for the rest
+    of a layer the launches and how often its bytes go over the memory bus."""
+
+    linear: Constants
+    elementwise_launch_s: float
+    elementwise_passes: float
+
+
 CONSTANTS = {
-    "ampere": Constants(1.239, 0.845, 4.396e-6, 69.86, 0.220, 3.0e-6, 230e-6, 0.254, 22.0e-6, 2.13),
-    "hopper": Constants(0.850, 0.961, 4.965e-6, 77.5, 0.005, 0.0, 1120e-6, 0.136, 17.3e-6, 1.95),
+    "ampere": Architecture(Constants(1.239, 0.845, 4.396e-6, 69.86, 0.220, 3.0e-6, 230e-6, 0.254), 22.0e-6, 2.13),
+    "hopper": Architecture(Constants(0.850, 0.961, 4.965e-6, 77.5, 0.005, 0.0, 1120e-6, 0.136), 17.3e-6, 1.95),
 }
-UNMEASURED = Constants(0.98, 0.90, 4.57e-6, 74.3, 0.11, 1.15e-6, 392e-6, 0.16, 20.0e-6, 2.04)
+UNMEASURED = Architecture(Constants(0.98, 0.90, 4.57e-6, 74.3, 0.11, 1.15e-6, 392e-6, 0.16), 20.0e-6, 2.04)
 """For a card known by its data sheet alone: one set fitted on both architectures, 3.8 % off on average there."""
 
 FP16_BYTES = 2
@@ -121,7 +141,7 @@ class StepCosts:
         sms, cells = share * part.sm_count / card.sm_count, share * part.width / part.cells
         self._model, self._part = model, part
         self._ways, self._processes, self._link_bytes_per_s = tensor_parallel, processes, card.link_bytes_per_s
-        self._constants = CONSTANTS.get(card.architecture, UNMEASURED)
+        self._architecture = CONSTANTS.get(card.architecture, UNMEASURED)
         self._flops_per_s = card.flops.at(model.bytes_per_element) * sms
         self._bytes_per_s = card.bandwidth_bytes_per_s * cells
         l2_pace = sms * matmul.l2_pace(card.flops.fp16, card.sm_count, card.sm_clock_hz)
@@ -145,7 +165,7 @@ class StepCosts:
 
     def cost(self, load: StepLoad) -> Cost:
         """All that is known of a step of at least one token."""
-        tokens = load.prefill_tokens + load.decodes
+        tokens = load.tokens
         weights = sum(columns * inner for columns, inner in self._layer)
         compute_s = 2 * weights * tokens / self._flops_per_s
         memory_s = weights * self._model.bytes_per_element / self._bytes_per_s
@@ -163,10 +183,9 @@ class StepCosts:
     def memory_bytes(self, load: StepLoad) -> int:
         """Bytes held on each card during a step: weights, runtime, the KV cache it works on, and activations beyond
         those that the runtime keeps room for."""
-        held = load.context_tokens + load.decodes + load.prefill_tokens
-        resident = self._model.weights_bytes + self._model.kv_bytes_per_token * held
-        activations = (load.prefill_tokens + load.decodes) * self._elementwise_bytes_per_token
-        return RUNTIME_MEMORY_BYTES + resident // self._ways + max(activations - ACTIVATIONS_KEPT_FREE_BYTES, 0)
+        resident = memory_used_bytes(self._model, load.kv_tokens, tensor_parallel=self._ways)
+        activations = load.tokens * self._elementwise_bytes_per_token
+        return resident + max(activations - ACTIVATIONS_KEPT_FREE_BYTES, 0)
 
     def fits(self, load: StepLoad) -> bool:
         """Whether the step's memory fits this process's share of the slice: if not, a real card would be out of memory.
@@ -178,7 +197,7 @@ class StepCosts:
 
     def step_s(self, load: StepLoad) -> float:
         """Seconds of one step. Never less for more work."""
-        tokens = load.prefill_tokens + load.decodes
+        tokens = load.tokens
         if tokens == 0:
             return STEP_OVERHEAD_S
         by_tokens_s = self._by_tokens_s.get(tokens)
@@ -198,11 +217,11 @@ class StepCosts:
         """Seconds of one layer's attention: multiplications for the prompts, the KV cache's bytes for the decodes."""
         compute_s = 4.0 * load.attended_pairs * self._queries / (self._flops_per_s * ATTENTION_COMPUTE_EFFICIENCY)
         kv_bytes = 2 * self._keys * self._model.kv_bytes_per_element * load.context_tokens
-        return compute_s + kv_bytes / (self._bytes_per_s * self._constants.memory_efficiency)
+        return compute_s + kv_bytes / (self._bytes_per_s * self._architecture.linear.memory_efficiency)
 
     def elementwise_layer_s(self, tokens: int) -> float:
         """Seconds of what is neither in one layer: norms, additions, rotations, the activation."""
-        k, p = self._constants, matmul.STRUCTURE.sharpness
+        k, p = self._architecture, matmul.STRUCTURE.sharpness
         bytes_s = k.elementwise_passes * tokens * self._elementwise_bytes_per_token / self._bytes_per_s
         return float((k.elementwise_launch_s**p + bytes_s**p) ** (1 / p))
 
@@ -215,7 +234,9 @@ class StepCosts:
 
     def _linear_s(self, operators: tuple[tuple[int, int], ...], rows: int) -> float:
         block, at = divmod(rows - 1, BLOCK_TOKENS)
-        return _linear_block(operators, block, self._model.bytes_per_element, self._means, self._constants)[at]
+        return _linear_block(operators, block, self._model.bytes_per_element, self._means, self._architecture.linear)[
+            at
+        ]
 
     def _all_reduce_s(self, tokens: int) -> float:
         if self._ways == 1:
@@ -264,6 +285,6 @@ def kv_capacity_tokens(model: ModelShape, part: Profile, *, processes: int = 1) 
     return free_bytes // model.kv_bytes_per_token
 
 
-def memory_used_bytes(model: ModelShape, kv_tokens: int) -> int:
-    """Weights, runtime and the KV cache of `kv_tokens` tokens."""
-    return model.weights_bytes + RUNTIME_MEMORY_BYTES + kv_tokens * model.kv_bytes_per_token
+def memory_used_bytes(model: ModelShape, kv_tokens: int, *, tensor_parallel: int = 1) -> int:
+    """Runtime, and a card's share of the weights and of the KV cache of `kv_tokens` tokens."""
+    return RUNTIME_MEMORY_BYTES + (model.weights_bytes + kv_tokens * model.kv_bytes_per_token) // tensor_parallel

@@ -60,7 +60,7 @@ class ServiceTimes:
         """What the times of this replica rest on."""
         if (replica.model, replica.slice.name) in self.fits:
             return "fitted"
-        on_gpu = any(model == replica.model and name != "cpu" for model, name in self.fits)
+        on_gpu = any(model == replica.model and name != CPU for model, name in self.fits)
         return "scaled" if on_gpu and replica.slice.profile else "roofline"
 
     def notes(self, deployment: Deployment) -> list[str]:
@@ -107,7 +107,7 @@ class ServiceTimes:
         fit = self.fits[best]
         if costs is not None:
             return fit
-        there = mig.whole(card) if best[1] == mig.WHOLE else mig.profile(card, best[1])
+        there = mig.part(card, best[1])
         slower = slices.speed(card, there) / slices.speed(card, here)
         return replace(fit, per_token_s=fit.per_token_s * slower, per_sample_s=fit.per_sample_s * slower)
 

@@ -83,10 +83,7 @@ class _Meter:
     def start(self, step: RunStep, now_s: float) -> None:
         self._step_id, self._started_s = step.step_id, now_s
         if self._shape:
-            load = step.load
-            self.memory_bytes = roofline.memory_used_bytes(
-                self._shape, load.context_tokens + load.decodes + load.prefill_tokens
-            )
+            self.memory_bytes = roofline.memory_used_bytes(self._shape, step.load.kv_tokens)
 
     def stop(self, now_s: float, step_id: int | None) -> None:
         """The step of that id is over, or (None) whatever runs; a late word of a lost step changes nothing."""

@@ -10,12 +10,11 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from gpuplan.hardware.profiles import MIB
 from gpuplan.record.recorder import Sample
 
 PERIOD_S = 0.15
 """NVML's reference: two samples have to lie more than 100 ms apart, the rate at which the counters refresh."""
-
-MIB = 2**20
 
 
 class Gpm(NamedTuple):

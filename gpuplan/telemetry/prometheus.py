@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit
 
+from gpuplan.hardware.profiles import MIB
 from gpuplan.record.recorder import Sample
 from gpuplan.telemetry.source import Source, slice_name, throttle_names
 
@@ -25,8 +26,6 @@ PERIOD_S = 1.0
 TIMEOUT_S = 1.0
 BYTES_MAX = 8 << 20
 """An exporter of 8 cards with 7 slices each answers some 200 KB."""
-
-MIB = 2**20
 
 
 def _same(value: float) -> float:

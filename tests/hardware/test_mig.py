@@ -29,12 +29,12 @@ def assert_legal(placements: tuple[Placement, ...]) -> None:
 
 
 def test_an_a100_has_297_placements_of_its_five_plain_profiles() -> None:
-    plain = mig.profiles(A100)[:5]
+    plain = A100.profiles[:5]
     assert sum(1 for placed in mig.placements_all(plain) if placed) == 297
 
 
 def test_19_of_them_can_take_no_further_slice_and_12_layouts_are_in_no_other() -> None:
-    plain = mig.profiles(A100)[:5]
+    plain = A100.profiles[:5]
     placed = [frozenset((p.profile.name, p.start) for p in ps) for ps in mig.placements_all(plain)]
     assert sum(not any(one < other for other in placed) for one in placed) == 19
     assert len(mig.maximal_layouts(replace(A100, profiles=plain))) == 12
@@ -42,7 +42,7 @@ def test_19_of_them_can_take_no_further_slice_and_12_layouts_are_in_no_other() -
 
 @pytest.mark.parametrize("card", CUT_CARDS, ids=lambda card: card.name)
 def test_the_number_of_maximal_layouts(card: catalog.Gpu) -> None:
-    seven = mig.profiles(card)[0].cells == 8
+    seven = card.profiles[0].cells == 8
     assert len(mig.maximal_layouts(card)) == (28 if seven else 4), "28 with the double-memory 1g"
     assert not any("+" in name or "-" in name for layout in mig.valid_layouts(card) for name in layout)
 
@@ -124,7 +124,7 @@ def test_every_layout_is_reached_by_its_order_of_creation(card: catalog.Gpu) -> 
 @given(st.data())
 def test_what_place_accepts_is_legal_and_what_it_refuses_does_not_exist(data: st.DataObject) -> None:
     card = data.draw(st.sampled_from(CUT_CARDS))
-    names = data.draw(st.lists(st.sampled_from([p.name for p in mig.profiles(card)]), min_size=1, max_size=8))
+    names = data.draw(st.lists(st.sampled_from([p.name for p in card.profiles]), min_size=1, max_size=8))
     plain = [p.name for p in mig.plain_profiles(card)]
     exists = Counter(names) in [Counter(layout) for layout in mig.valid_layouts(card)]
     try:

@@ -53,7 +53,7 @@ def test_more_work_never_takes_less_time(
 
 
 def step_s(slice_name: str, load: StepLoad, model: ModelShape = LLAMA, card: catalog.Gpu = H100) -> float:
-    part = mig.whole(card) if slice_name == mig.WHOLE else mig.profile(card, slice_name)
+    part = mig.part(card, slice_name)
     return StepCosts(model, card, part).step_s(load)
 
 
@@ -100,7 +100,7 @@ def test_an_empty_step_costs_the_engine_s_overhead() -> None:
     ],
 )
 def test_kv_capacity(model: str, slice_name: str, tokens: int) -> None:
-    part = mig.whole(H100) if slice_name == mig.WHOLE else mig.profile(H100, slice_name)
+    part = mig.part(H100, slice_name)
     assert roofline.kv_capacity_tokens(shapes.shape(model), part) == pytest.approx(tokens, rel=0.02)
 
 
@@ -165,7 +165,7 @@ def test_the_band_widens_with_what_was_not_measured(
     card: str, slice_name: str, linear: tuple[int, int], step: tuple[int, int]
 ) -> None:
     gpu = catalog.gpu(card)
-    band = roofline.band(gpu, mig.whole(gpu) if slice_name == mig.WHOLE else mig.profile(gpu, slice_name))
+    band = roofline.band(gpu, mig.part(gpu, slice_name))
     assert linear[0] < band.linear_layer_percent < linear[1]
     assert step[0] < band.step_percent < step[1]
 

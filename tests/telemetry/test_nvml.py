@@ -12,7 +12,6 @@ import pytest
 
 from gpuplan.cli import app
 from gpuplan.hardware.catalog import GPUS, gpu
-from gpuplan.hardware.mig import profiles
 from gpuplan.scenario import deployment, files
 from gpuplan.telemetry import nvml
 from tests.conftest import single_step
@@ -43,7 +42,7 @@ def test_profiles_are_the_driver_s_own(play: Play) -> None:
     """In names, places and counts those of our table; and 1g.10gb+me, which has the slices of another."""
     play(a100())
     told = {p.name: p for p in nvml.discover()[0].profiles}
-    known = {p.name: p for p in profiles(gpu("a100-80gb"))}
+    known = {p.name: p for p in gpu("a100-80gb").profiles}
     assert set(told) >= {"1g.10gb", "1g.10gb+me", "1g.20gb", "2g.20gb", "3g.40gb", "4g.40gb", "7g.80gb"}
     for name in set(told) & set(known):
         for field in ("slices", "width", "starts", "count_max", "sm_count", "cells"):
