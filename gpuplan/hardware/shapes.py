@@ -18,7 +18,7 @@ class ModelShape:
     """A transformer. Sizes are counts of elements; each weight takes `bytes_per_element`."""
 
     name: str
-    role: Literal["decoder", "classifier"]
+    role: Literal["decoder", "classifier", "embedder"]
     layers: int
     hidden: int
     heads: int

@@ -112,7 +112,7 @@ class ShapeSpec(Section, frozen=True):
     ffn: Count
     vocabulary: Count
     context_tokens_max: Count
-    role: Literal["decoder", "classifier"] = "decoder"
+    role: Literal["decoder", "classifier", "embedder"] = "decoder"
     kv_heads: Count | None = None
     gated_ffn: bool = True
     head_size: Count | None = None

@@ -29,7 +29,7 @@ CPU = "cpu"
 SAID_ELSEWHERE = frozenset({"price_per_hour", "idle_power_w"})
 """What stands as assumed where it is used: beside the price, and with emulated power."""
 
-Role = Literal["decoder", "classifier"]
+Role = Literal["decoder", "classifier", "embedder"]
 
 
 @dataclass(frozen=True, slots=True)

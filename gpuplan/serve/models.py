@@ -8,10 +8,7 @@ file has no shape to emulate it by, and is refused unless the CPU is allowed.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Sequence
-from pathlib import Path
 
 from gpuplan.errors import InputError
 from gpuplan.hardware import mig
@@ -19,10 +16,11 @@ from gpuplan.hardware.catalog import Gpu
 from gpuplan.hardware.profiles import Profile
 from gpuplan.scenario.demand import ModelSource
 from gpuplan.scenario.deployment import Deployment, Replica, shape_of
-from gpuplan.serve import builtin
+from gpuplan.serve import model_files
 from gpuplan.serve.engines import Engine
 from gpuplan.serve.engines.emulated import EmulatedEngine
-from gpuplan.serve.engines.onnx import CPU_PROVIDER, CUDA_PROVIDER, OnnxEngine, Tokenizer
+from gpuplan.serve.engines.session import CPU_PROVIDER, CUDA_PROVIDER, EngineSpec
+from gpuplan.serve.engines.single_step import SingleStepEngine
 
 
 def engine_for(replica: Replica, deployment: Deployment, *, card_present: bool, allow_cpu: bool = False) -> Engine:
@@ -31,13 +29,13 @@ def engine_for(replica: Replica, deployment: Deployment, *, card_present: bool, 
     source, shape = deployment.models[replica.model], shape_of(deployment.models[replica.model])
     card, part = deployment.gpu, replica.slice.profile
     if card is None or part is None:
-        return _onnx(source, provider=CPU_PROVIDER, threads=_threads_each(deployment))
+        return _onnx(source, replica, provider=CPU_PROVIDER, threads=_threads_each(deployment))
     if source.emulated and shape:
         return EmulatedEngine(shape, card, part, processes=replica.processes)
     if card_present and part.name == mig.WHOLE:
-        return _onnx(source, provider=CUDA_PROVIDER, threads=1, memory_bytes_max=part.memory_bytes)
+        return _onnx(source, replica, provider=CUDA_PROVIDER, threads=1, memory_bytes_max=part.memory_bytes)
     if allow_cpu:
-        return _onnx(source, provider=CPU_PROVIDER, threads=_threads_each(deployment))
+        return _onnx(source, replica, provider=CPU_PROVIDER, threads=_threads_each(deployment))
     if source.builtin and shape:
         return _answering(source, replica, card, part)
     missing = f"there is no {card.name} in this machine"
@@ -52,51 +50,21 @@ def engine_for(replica: Replica, deployment: Deployment, *, card_present: bool, 
 def _answering(source: ModelSource, replica: Replica, card: Gpu, part: Profile) -> Engine:
     shape = shape_of(source)
     assert shape is not None, "every built-in has a shape"
-    answers = _onnx(source, provider=CPU_PROVIDER, threads=1)
+    answers = _onnx(source, replica, provider=CPU_PROVIDER, threads=1)
     return EmulatedEngine(shape, card, part, answers, processes=replica.processes)
 
 
-def _onnx(source: ModelSource, *, provider: str, threads: int, memory_bytes_max: int | None = None) -> OnnxEngine:
-    model: Path | bytes
-    labels: Sequence[str]
-    tokenizer: Tokenizer
-    if source.onnx is not None:
-        model = Path(source.onnx)
-        labels, tokenizer = _labels_beside(model), _tokenizer_beside(model)
-    else:
-        model, labels = builtin.sentiment_model(), builtin.SENTIMENT_LABELS
-        tokenizer = builtin.sentiment_token_ids
-    return OnnxEngine(model, labels, tokenizer, provider=provider, threads=threads, memory_bytes_max=memory_bytes_max)
+def _onnx(
+    source: ModelSource, replica: Replica, *, provider: str, threads: int, memory_bytes_max: int | None = None
+) -> Engine:
+    named = source.onnx if source.onnx is not None else f"{model_files.BUILTIN}{source.builtin}"
+    return SingleStepEngine(
+        EngineSpec(
+            source=named, role=replica.role, provider=provider, threads=threads, memory_bytes_max=memory_bytes_max
+        )
+    )
 
 
 def _threads_each(deployment: Deployment) -> int:
     """The host's cores shared out among the replicas, at least one for each."""
     return max((os.cpu_count() or 1) // len(deployment.replicas), 1)
-
-
-def _tokenizer_beside(model: Path) -> Tokenizer:
-    """The tokenizer in `tokenizer.json` beside the model file. Raises InputError where there is none."""
-    file = model.with_name("tokenizer.json")
-    if not model.is_file() or not file.is_file():
-        missing = model if not model.is_file() else file
-        raise InputError(
-            "no such file", key="models", value=str(missing), allowed="model.onnx with tokenizer.json beside"
-        )
-    from tokenizers import Tokenizer as Reader
-
-    reader = Reader.from_file(str(file))
-
-    def token_ids(text: str) -> Sequence[int]:
-        ids: list[int] = reader.encode(text).ids
-        return ids
-
-    return token_ids
-
-
-def _labels_beside(model: Path) -> tuple[str, ...]:
-    """The labels of `id2label` in a Hugging Face `config.json` beside the model, or none."""
-    config = model.with_name("config.json")
-    if not config.is_file():
-        return ()
-    named = json.loads(config.read_text(encoding="utf-8")).get("id2label", {})
-    return tuple(str(named[key]) for key in sorted(named, key=int))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import pytest
 
@@ -43,6 +43,7 @@ class FakeEngine:
         self.failure: Exception | None = None
         self.bad: set[int] = set()
         self.steps: list[RunStep] = []
+        self.released: list[int] = []
         self.closed = False
 
     def tokenize(self, text: str) -> Sequence[int]:
@@ -60,6 +61,9 @@ class FakeEngine:
         if self.failure is not None:
             raise self.failure
         return {i: Output(f"t{i} ", error="nan_output" if i in self.bad else None) for i in step.answered()}
+
+    def release(self, request_ids: Iterable[int]) -> None:
+        self.released.extend(request_ids)
 
     def notes(self) -> list[str]:
         return []

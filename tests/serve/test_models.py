@@ -18,7 +18,8 @@ from gpuplan.scenario import deployment
 from gpuplan.scenario.build import build
 from gpuplan.scenario.demand import Scenario
 from gpuplan.serve.engines import Engine, Prompt
-from gpuplan.serve.engines.onnx import CUDA_PROVIDER, OnnxEngine
+from gpuplan.serve.engines.session import CUDA_PROVIDER, EngineSpec
+from gpuplan.serve.engines.single_step import SingleStepEngine
 from gpuplan.serve.models import engine_for
 from gpuplan.telemetry.nvml import discover
 
@@ -104,7 +105,7 @@ def test_a_card_that_is_not_here_is_never_replaced_in_silence(tmp_path: Path) ->
 @pytest.mark.skipif(bool(discover()), reason="there is a card here")
 def test_cuda_asked_for_and_not_there_does_not_run_on_the_cpu(tmp_path: Path) -> None:
     file = model_folder(tmp_path, [[0, 0], [0, 1], [1, 0], [0, 0]])
-    wants_cuda = OnnxEngine(file, (), lambda text: [1], provider=CUDA_PROVIDER)
+    wants_cuda = SingleStepEngine(EngineSpec(source=str(file), role="classifier", provider=CUDA_PROVIDER))
     with pytest.raises(GpuplanError, match="CUDAExecutionProvider"):
         asyncio.run(wants_cuda.load())
 

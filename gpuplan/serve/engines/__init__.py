@@ -1,38 +1,72 @@
 """Engines: what runs a step. One Protocol; `models.engine_for` chooses.
 
 An engine is loaded once, runs one step at a time, and answers every request that `step.answered()` names. A step that
-raises fails as a whole; an output with `error` fails alone.
+raises fails as a whole and leaves the engine as it was before (plan, run, commit); an output with `error` fails alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+from msgspec import Struct
 
 from gpuplan.policy.vocabulary import RunStep
 from gpuplan.record.run import Provenance
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A request's text and its token ids. An emulated model has no vocabulary: its ids are zeros, one for a word."""
+class Sampling(Struct, frozen=True, omit_defaults=True):
+    """How a decoder chooses tokens. `temperature` 0 is greedy; `logprobs` is how many alternatives to tell beside the
+    chosen token (None: no log-probabilities at all); `stop` ends the text before the first of these strings."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+
+GREEDY = Sampling()
+
+
+class Prompt(Struct, frozen=True):
+    """A request's text, its token ids, and what its answer may be. An emulated model has no vocabulary: its ids are
+    zeros, one for a word. `output_tokens` is the most a decoder may generate: its last token flushes held-back text."""
 
     text: str
     token_ids: Sequence[int]
+    output_tokens: int = 0
+    sampling: Sampling = GREEDY
 
 
 class OutOfMemory(Exception):
     """A step needs more memory than its slice has."""
 
 
-class Output(NamedTuple):
-    """What one request gets from one step: a token's text, or a label with every label's score."""
+class TokenLogprob(Struct, frozen=True, array_like=True):
+    """A generated token as text, its natural-log probability, its bytes, and the likeliest alternatives as (text,
+    log-probability, bytes), likeliest first."""
+
+    token: str
+    logprob: float
+    token_bytes: bytes
+    top: tuple[tuple[str, float, bytes], ...] = ()
+
+
+class Output(Struct, frozen=True, array_like=True):
+    """What one request gets from one step: a token's text (which may be empty while bytes of a character or a part of
+    a stop string are held back), a label with every label's score, or an embedding (little-endian float32).
+
+    `end`: the model met an end of text or a stop string. `error` is a short machine-readable reason.
+    """
 
     text: str
     end: bool = False
-    scores: Mapping[str, float] | None = None
+    scores: dict[str, float] | None = None
     error: str | None = None
+    embedding: bytes | None = None
+    logprob: TokenLogprob | None = None
 
 
 class Engine(Protocol):
@@ -50,8 +84,12 @@ class Engine(Protocol):
         ...
 
     async def run(self, step: RunStep, prompts: Mapping[int, Prompt], *, asked_s: float) -> Mapping[int, Output]:
-        """Runs one step and answers the requests of `step.answered()`. `asked_s` is when the core decided on it, on the
-        monotonic clock."""
+        """Runs one step and answers the requests of `step.answered()`. `prompts` holds those of `step.prefills`.
+        `asked_s` is when the core decided on it, on the monotonic clock. Raises OutOfMemory, or anything."""
+        ...
+
+    def release(self, request_ids: Iterable[int]) -> None:
+        """These requests are over: what is kept for them (a KV cache) may go. Those not known are passed over."""
         ...
 
     def notes(self) -> list[str]:

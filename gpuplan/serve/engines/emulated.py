@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from gpuplan.hardware import roofline
 from gpuplan.hardware.catalog import Gpu
@@ -69,6 +69,10 @@ class EmulatedEngine:
         self._steps += 1
         self._late_steps += self._ended_s - self._planned_end_s > LATE_S
         return outputs
+
+    def release(self, request_ids: Iterable[int]) -> None:
+        if self._answers:
+            self._answers.release(request_ids)
 
     def notes(self) -> list[str]:
         notes = [f"emulated steps: {self._band.of_steps}"]

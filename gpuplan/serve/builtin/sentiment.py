@@ -1,8 +1,7 @@
-"""Models that the package makes itself: no download, a real ONNX graph.
+"""`sentiment`: the mean of word embeddings, then a two-layer perceptron.
 
-`sentiment`: the mean of word embeddings, then a two-layer perceptron. The embedding's first column is a word's
-polarity from a small lexicon, and the perceptron carries it through to the logits; the other columns hold seeded
-random values that only make the multiplications real.
+The embedding's first column is a word's polarity from a small lexicon, and the perceptron carries it through to the
+logits; the other columns hold seeded random values that only make the multiplications real.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import zlib
 from collections.abc import Sequence
 from functools import cache
 
-SENTIMENT_LABELS = ("negative", "positive")
+LABELS = ("negative", "positive")
 ROWS, WIDTH, HIDDEN = 4096, 64, 1024
 
 # The most common English words of liking and disliking; 2 and -2 for strong ones.
@@ -34,7 +33,7 @@ _IDS = {word: i for i, word in enumerate((w for words in _LEXICON.values() for w
 _POLARITY = {_IDS[word]: float(weight) for weight, words in _LEXICON.items() for word in words.split()}
 
 
-def sentiment_token_ids(text: str) -> Sequence[int]:
+def token_ids(text: str) -> Sequence[int]:
     """One id for a word: the lexicon's words have their own, all others share hashed rows without polarity."""
     words = re.findall(r"[^\W_]+", text.lower())
     first = len(_IDS) + 1
@@ -42,7 +41,7 @@ def sentiment_token_ids(text: str) -> Sequence[int]:
 
 
 @cache
-def sentiment_model() -> bytes:
+def model() -> bytes:
     """The ONNX graph, serialised: `input_ids` and `attention_mask` [batch, tokens] in, `logits` [batch, 2] out."""
     import numpy as np
     from onnx import TensorProto, helper, numpy_helper
@@ -83,6 +82,6 @@ def sentiment_model() -> bytes:
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 2])],
         [numpy_helper.from_array(array, name) for name, array in {**weights, **axes}.items()],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    serialised: bytes = model.SerializeToString()
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    serialised: bytes = made.SerializeToString()
     return serialised
