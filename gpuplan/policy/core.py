@@ -124,6 +124,7 @@ class ServingCore:
         if step is None or step.step_id != event.step_id:
             return None  # a step of a replica that has gone down meanwhile
         replica.step = None
+        model.answered, model.answered_s = step.load.samples, self._now_s
         ran = replica.decoding
         if len(step.decodes) < len(ran):  # one group of several that take turns
             ran = [s for s in ran if s.request_id in step.decodes]

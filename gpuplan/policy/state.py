@@ -118,9 +118,10 @@ class ReplicaState:
 
 
 class ModelState:
-    """A model's queue, its replicas in order of the deployment, and when its last requests completed."""
+    """A model's queue, its replicas in order of the deployment, and when its last requests completed. `answered` is how
+    many requests its last step answered, at `answered_s`."""
 
-    __slots__ = ("batching", "completions", "decoder", "name", "queue", "replicas")
+    __slots__ = ("answered", "answered_s", "batching", "completions", "decoder", "name", "queue", "replicas")
 
     def __init__(self, name: str, decoder: bool, batching: BatchingSpec, replicas: list[ReplicaState]) -> None:
         self.name = name
@@ -129,6 +130,8 @@ class ModelState:
         self.replicas = replicas
         self.queue: deque[Sequence] = deque()
         self.completions: deque[float] = deque(maxlen=DRAIN_WINDOW)
+        self.answered = 0
+        self.answered_s = float("-inf")
 
     def drain_s(self) -> float:
         """Seconds that the queue needs to drain at the recent rate of completions; 1 where there is none yet."""
