@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 from gpuplan.policy.core import ServingCore
 from gpuplan.policy.vocabulary import Action, Arrive, Cancel, Complete, Event, Fail, Reject, RunStep, StepDone
 from gpuplan.record.recorder import Sample
-from gpuplan.scenario.deployment import Deployment
+from gpuplan.scenario.deployment import Deployment, place_of
 from gpuplan.serve.lag import LoopLag
 from gpuplan.telemetry.prometheus import OWN
 
@@ -87,7 +87,7 @@ class Metrics:
         step, started_s = self._steps.pop(event.replica_id, (None, 0.0))
         if step is None:
             return
-        model = self._model_of[step.replica_id]
+        model = self._model_of[place_of(step.replica_id)]
         self._step.labels(model).observe(now_s - started_s)
         self._batch_size.labels(model).observe(len(step.prefills) + len(step.decodes))
         self._tokens.labels(model).inc(step.load.samples)

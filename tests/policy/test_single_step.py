@@ -245,11 +245,11 @@ TABLES: dict[str, tuple[dict[str, float], int, Table]] = {
             (0.1, ask(3), []),
             (0.2, ReplicaDown("mood-0"), []),  # 1 and 3 wait for the other
             (0.3, done("mood-0", 1), []),  # stale: the step of a replica that is gone
-            (0.4, done("mood-1", 2), ["complete 2", "mood-1 #3: 1 3"]),
+            (0.4, done("mood-1", 2), ["complete 2", "mood-1 #3: 1"]),  # alone: mood-0 may have died of it
             (0.5, ask(4), []),
-            (0.6, ReplicaUp("mood-0"), ["mood-0 #4: 4"]),  # back, and there is work
+            (0.6, ReplicaUp("mood-0"), ["mood-0 #4: 3 4"]),  # back, and there is work
             (0.7, done("mood-0", 1), []),  # stale still, although a step runs
-            (0.8, done("mood-0", 4), ["complete 4"]),
+            (0.8, done("mood-0", 4), ["complete 3", "complete 4"]),
         ],
     ),
     "the last replica is gone": (
