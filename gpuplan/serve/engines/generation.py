@@ -33,10 +33,22 @@ NAN_OUTPUT = "nan_output"
 NO_TEXT = "detokenize_error"
 NOT_RUNNING = "not_running"
 """A decode of a sequence that the engine does not hold: it was released, or has ended."""
-PADDING_SHARE_MAX = 0.5
-"""Rows that together need n columns run in one batch while it has at most n (1 + this) of them, ..."""
-PADDING_FREE = 16
-"""... or this many more a row: below that a second run costs more than the padding."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Padding:
+    """Rows that together need n columns share a run while padding is at most `share` of n, or `free` columns a row."""
+
+    share: float
+    free: int
+
+
+# A padded column of cache is memory that is read for nothing, a second run is all weights read again: the weights of
+# llama-3-8b are as much as the cache of 120,000 tokens. What bounds the share is the memory.
+_DECODE_PADDING = _Padding(0.5, 16)
+# A padded token of a prompt is computed like any other.
+_PREFILL_PADDING = _Padding(0.1, 4)
+_NO_PADDING = _Padding(0.0, 0)
 _WARM_UP_TOKENS = 4
 
 
@@ -187,22 +199,24 @@ class GenerationEngine:
         exact = sum(len(b.request_ids) for b in blocks) == len(held) and all(b.in_place(layout) for b in blocks)
         if exact and len(blocks) == 1:
             return blocks
-        groups = self._grouped({request_id: block.lengths[block.row(request_id)] for request_id, block in held.items()})
+        lengths = {request_id: block.lengths[block.row(request_id)] for request_id, block in held.items()}
+        groups = self._grouped(lengths, _DECODE_PADDING)
         if exact and len(blocks) <= len(groups):
             return blocks
         return [self._surgeon.arranged([(request_id, held[request_id]) for request_id in group]) for group in groups]
 
-    def _grouped(self, lengths: Mapping[int, int], tokens_max: int | None = None) -> list[list[int]]:
-        """Requests that may share a padded batch, the longest first."""
+    def _grouped(self, lengths: Mapping[int, int], allowed: _Padding, most: int | None = None) -> list[list[int]]:
+        """Requests that may share a run of at most `most` tokens, the longest first."""
+        if self._decoder.layout == "equal":
+            allowed = _NO_PADDING
         groups: list[list[int]] = []
         longest = needed = 0
         for request_id in sorted(lengths, key=lambda i: (-lengths[i], i)):
             length = lengths[request_id]
             rows = len(groups[-1]) + 1 if groups else 1
-            free = 0.0 if self._decoder.layout == "equal" else PADDING_SHARE_MAX * (needed + length)
-            few = 0 if self._decoder.layout == "equal" else PADDING_FREE * rows
             padding = rows * longest - (needed + length)
-            if groups and padding <= max(free, few) and (tokens_max is None or rows * longest <= tokens_max):
+            bound = max(allowed.share * (needed + length), allowed.free * rows)
+            if groups and padding <= bound and (most is None or rows * longest <= most):
                 groups[-1].append(request_id)
                 needed += length
             else:
@@ -214,7 +228,7 @@ class GenerationEngine:
         most = self._decoder.run_tokens_max
         whole = {p.request_id: p.tokens for p in prefills if not begun[p.request_id].read and p.tokens <= most}
         advances = []
-        for group in self._grouped(whole, most):
+        for group in self._grouped(whole, _PREFILL_PADDING, most):
             tokens = [begun[request_id].prompt.token_ids[: whole[request_id]] for request_id in group]
             logits, block = self._decoder.forward(self._decoder.empty(group), tokens)
             advances.append(_Advance(block, logits, {request_id: whole[request_id] for request_id in group}))
