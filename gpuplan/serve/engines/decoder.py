@@ -18,7 +18,7 @@ import numpy as np
 
 from gpuplan.errors import RunError
 from gpuplan.serve.engines.kv_cache import Block, Layout, PastTensor, device_of
-from gpuplan.serve.engines.session import EngineSpec, open_session
+from gpuplan.serve.engines.session import EngineSpec, first_line, open_session
 
 _PAST = re.compile(r"past_key_values\.(\d+\.(?:key|value))")
 _INTEGERS = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
@@ -168,9 +168,13 @@ def _past_tensor(value: Any) -> PastTensor:
 def _has_group_query_attention(model: Path | bytes) -> bool:
     import onnx
 
-    loaded = (
-        onnx.load(str(model), load_external_data=False) if isinstance(model, Path) else onnx.load_from_string(model)
-    )
+    try:
+        if isinstance(model, Path):
+            loaded = onnx.load(str(model), load_external_data=False)
+        else:
+            loaded = onnx.load_from_string(model)
+    except Exception as error:  # protobuf's; ONNX Runtime's own format is one that it cannot read
+        raise RunError(f"cannot read the model's graph: {first_line(error)}") from None
     graphs = [loaded.graph.node, *(function.node for function in loaded.functions)]
     return any(node.op_type == "GroupQueryAttention" for nodes in graphs for node in nodes)
 

@@ -27,7 +27,7 @@ from gpuplan.serve.engines.decoder import Decoder
 from gpuplan.serve.engines.detokenize import TextStream, Vocabulary
 from gpuplan.serve.engines.kv_cache import Block, Surgeon
 from gpuplan.serve.engines.sampling import Chosen, Draw, choose
-from gpuplan.serve.engines.session import CPU_PROVIDER, EngineSpec, described, memory_watched
+from gpuplan.serve.engines.session import CPU_PROVIDER, EngineSpec, described, first_line, memory_watched
 
 NAN_OUTPUT = "nan_output"
 NO_TEXT = "detokenize_error"
@@ -135,11 +135,16 @@ class GenerationEngine:
 
     def _warm_up(self) -> None:
         """Prefill, decode and joins, at batch 1 and at the largest; also proves that the graph takes what we feed."""
-        for rows in sorted({1, max(self._spec.max_batch_size, 1)}):
-            block = self._decoder.empty(range(rows))
-            _, block = self._decoder.forward(block, [[0] * _WARM_UP_TOKENS] * rows)
-            _, block = self._decoder.forward(block, [[0]] * rows)
-            self._surgeon.warm_up(block)
+        try:
+            for rows in sorted({1, max(self._spec.max_batch_size, 1)}):
+                block = self._decoder.empty(range(rows))
+                _, block = self._decoder.forward(block, [[0] * _WARM_UP_TOKENS] * rows)
+                _, block = self._decoder.forward(block, [[0]] * rows)
+                self._surgeon.warm_up(block)
+        except RunError:
+            raise
+        except Exception as error:  # onnxruntime's exceptions derive from Exception one by one
+            raise RunError(f"the model does not run: {first_line(error)}") from None
 
     def _unload(self) -> None:
         self._sequences.clear()

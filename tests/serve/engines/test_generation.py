@@ -119,6 +119,24 @@ def test_the_same_members_need_no_surgery(driver: Driver) -> None:
     driver.engine.release(requests)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_number_of_blocks_become_one(drivers: Callable[[str], Driver], kind: str) -> None:
+    """Each prompt read in a step of its own; then all decode together, more blocks than one run of the graph takes."""
+    driver = drivers(kind)
+    texts = [("many blocks " * 3)[: 20 + i % 5] for i in range(19)]
+    expected = [driver.alone(text, 3) for text in texts]
+    requests = [driver.begin(text) for text in texts]
+    for request in requests:
+        driver.step(reads={request: 0})
+    driver.step(requests)
+    driver.step(requests[::-1])
+    for request, outputs in zip(requests, expected, strict=True):
+        assert same(driver.outputs[request], outputs)
+    blocks = {id(driver.engine._sequences[request].block) for request in requests}
+    assert len(blocks) == (5 if kind == "equal" else 1)
+    driver.engine.release(requests)
+
+
 def test_padding_is_bounded(driver: Driver) -> None:
     """Two very long rows do not make many short ones as wide as themselves."""
     requests = [driver.begin("short") for _ in range(10)] + [driver.begin("long" * 100) for _ in range(2)]
@@ -312,6 +330,23 @@ def with_other_logits(model: onnx.ModelProto) -> None:
     model.graph.node.append(helper.make_node("Reshape", ["whole", "one_row"], ["logits"]))
 
 
+def with_broken_shape(model: onnx.ModelProto) -> None:
+    model.graph.node[-1].output[0] = "whole"
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([7, 7, 7]), "wrong"))
+    model.graph.node.append(helper.make_node("Reshape", ["whole", "wrong"], ["logits"]))
+
+
+def with_double_cache(model: onnx.ModelProto) -> None:
+    for value in model.graph.input:
+        if value.name.startswith("past"):
+            value.type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
+    for node in model.graph.node:
+        node.input[:] = [f"float.{n}" if n.startswith("past") else n for n in node.input]
+    for i, value in enumerate([v for v in model.graph.input if v.name.startswith("past")]):
+        cast = helper.make_node("Cast", [value.name], [f"float.{value.name}"], to=onnx.TensorProto.FLOAT)
+        model.graph.node.insert(i, cast)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -319,6 +354,8 @@ def with_other_logits(model: onnx.ModelProto) -> None:
         (with_branch, "does not feed: use_cache_branch"),
         (with_free_heads, "sizes fixed"),
         (with_other_logits, "logits are"),
+        (with_broken_shape, "does not run: "),
+        (with_double_cache, "caches of float and float16"),
     ],
 )
 def test_a_model_that_is_no_such_decoder_is_refused(
