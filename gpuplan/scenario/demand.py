@@ -126,7 +126,7 @@ class ModelSource(Section, frozen=True):
     """Exactly one of: `builtin` (a model the package makes itself), `onnx` (a file), `emulate` (a known shape's name),
     `shape` (one's own, or the path of a Hugging Face `config.json`, which `files.load` replaces by what it says)."""
 
-    builtin: Literal["sentiment"] | None = None
+    builtin: Literal["sentiment", "tiny-chat"] | None = None
     onnx: str | None = None
     emulate: str | None = None
     shape: ShapeSpec | str | None = None

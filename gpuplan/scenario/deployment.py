@@ -101,7 +101,7 @@ def place_of(replica_id: str) -> str:
 def role(source: ModelSource) -> Role:
     """What a request to this model gets back: a stream of tokens or one answer."""
     shape = shape_of(source)
-    return shape.role if shape and source.emulated else "classifier"
+    return shape.role if shape else "classifier"
 
 
 def shape_of(source: ModelSource) -> shapes.ModelShape | None:

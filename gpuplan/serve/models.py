@@ -66,6 +66,10 @@ def engine_for(
 
 def runner(spec: EngineSpec) -> Runner:
     """What runs a spec's steps, not yet loaded. Raises InputError for files that are not there."""
+    if spec.role == "decoder":
+        from gpuplan.serve.engines.generation import GenerationEngine
+
+        return GenerationEngine(spec)
     from gpuplan.serve.engines.single_step import SingleStepEngine
 
     return SingleStepEngine(spec)

@@ -82,6 +82,7 @@ class Server:
         self._observers = observers
         self._tickets: dict[int, Ticket] = {}
         self._homes: dict[int, str] = {}  # requests whose engine keeps something between steps
+        self._over: dict[str, list[int]] = {}  # by replica that runs a step: requests that ended meanwhile
         self._decoders = {r.id for r in deployment.replicas if r.role == "decoder"}
         self._steps: set[asyncio.Task[None]] = set()
         self._next_id = 0
@@ -153,6 +154,7 @@ class Server:
                     prompts = {p.request_id: self._tickets[p.request_id].prompt for p in action.prefills}
                     if place_of(action.replica_id) in self._decoders:
                         self._homes.update(dict.fromkeys(prompts, action.replica_id))
+                    self._over[action.replica_id] = []
                     task = asyncio.get_running_loop().create_task(self._run(action, prompts, now_s))
                     self._steps.add(task)
                     task.add_done_callback(self._steps.discard)
@@ -172,11 +174,14 @@ class Server:
             outputs = await engine.run(step, prompts, asked_s=asked_s)
             answers = [(request_id, outputs[request_id]) for request_id in step.answered()]
         except EngineLost:  # the fleet tells the core
+            self._over.pop(step.replica_id, None)
             return
         except Exception as error:  # an engine may fail in any way; its requests must hear of it
             reason = OUT_OF_MEMORY if isinstance(error, OutOfMemory) else f"engine_error: {type(error).__name__}"
+            self._step_over(step.replica_id)
             self._feed(StepFailed(step.replica_id, step.step_id, reason))
             return
+        self._step_over(step.replica_id)
         ended = tuple(request_id for request_id, output in answers if output.end or output.error)
         for request_id, output in answers:
             ticket = self._tickets.get(request_id)
@@ -192,9 +197,18 @@ class Server:
             ticket.put(last)
         home = self._homes.pop(request_id, None)
         if home is not None and home in self.fleet.engines:
-            self.fleet.engines[home].release((request_id,))
+            # A step that was decided before may name the request, and must not reach the engine after its release.
+            over = self._over.get(home)
+            if over is None:
+                self.fleet.engines[home].release((request_id,))
+            else:
+                over.append(request_id)
         if not self._tickets:
             self._empty.set()
+
+    def _step_over(self, replica_id: str) -> None:
+        if over := self._over.pop(replica_id, None):
+            self.fleet.engines[replica_id].release(over)
 
     def _arm(self) -> None:
         """Sets the timer that the core asks for. It fires with the later of deadline and clock, so that waking a hair

@@ -61,6 +61,7 @@ class Loaded(Struct, frozen=True, tag=True):
     """The answer to Load."""
 
     description: str
+    notes: list[str]
 
 
 class Ran(Struct, frozen=True, tag=True):
@@ -89,6 +90,7 @@ class _Worker:
         self.spec = spec
         self._encode = encode or model_files.read(spec.source).encode
         self.description = f"ONNX Runtime, {spec.provider}"
+        self._notes: list[str] = []
         self.provenance: Provenance = "cpu" if spec.provider == CPU_PROVIDER else "hardware"
 
     def tokenize(self, text: str) -> Sequence[int]:
@@ -96,7 +98,7 @@ class _Worker:
         return ids
 
     def notes(self) -> list[str]:
-        return []
+        return self._notes
 
 
 class WorkerThread(_Worker):
@@ -110,7 +112,7 @@ class WorkerThread(_Worker):
     async def load(self) -> None:
         self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="runner")
         await self._call(self._runner.load)
-        self.description = self._runner.description
+        self.description, self._notes = self._runner.description, self._runner.notes()
 
     async def run(self, step: RunStep, prompts: Mapping[int, Prompt], *, asked_s: float) -> Mapping[int, Output]:
         outputs: Mapping[int, Output] = await self._call(self._runner.run, step, prompts)
@@ -173,7 +175,7 @@ class WorkerProcess(_Worker):
         if isinstance(answer, Failed):
             await self._end()
             raise RunError(answer.message)
-        self.description = answer.description
+        self.description, self._notes = answer.description, answer.notes
 
     async def run(self, step: RunStep, prompts: Mapping[int, Prompt], *, asked_s: float) -> Mapping[int, Output]:
         answer = await self._ask(Run(step, dict(prompts)), self._step_timeout_s)
@@ -313,7 +315,7 @@ def main() -> None:
                 try:
                     runner = _built(build, spec)
                     runner.load()
-                    answer: Struct = Loaded(runner.description)
+                    answer: Struct = Loaded(runner.description, runner.notes())
                 except Exception as error:
                     answer = _failed(error)
                 line.sendall(_frame(answer))

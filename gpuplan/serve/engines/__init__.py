@@ -131,6 +131,10 @@ class Runner(Protocol):
         """As `Engine.release`, between two steps."""
         ...
 
+    def notes(self) -> list[str]:
+        """As `Engine.notes`, once it is loaded."""
+        ...
+
     def close(self) -> None:
         """Frees what was loaded."""
         ...

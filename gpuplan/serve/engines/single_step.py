@@ -38,6 +38,9 @@ class SingleStepEngine:
     def release(self, request_ids: Iterable[int]) -> None:
         """Nothing is kept between steps."""
 
+    def notes(self) -> list[str]:
+        return []
+
     def close(self) -> None:
         self._session = None
 
