@@ -52,7 +52,8 @@ class App:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send)
         try:
-            await self._handler(exchange)(exchange)
+            with exchange:
+                await self._handler(exchange)(exchange)
         except Refusal as refusal:
             await exchange.refuse(refusal)
         except (RequestRefused, RequestFailed) as error:
@@ -72,7 +73,7 @@ class App:
             if methods is None:
                 raise Refusal(404, "no such route")
         elif self._key is not None:
-            given = exchange.header(b"authorization").removeprefix(b"Bearer ")
+            given = exchange.headers.get(b"authorization", b"").removeprefix(b"Bearer ")
             if not hmac.compare_digest(hashlib.sha256(given).digest(), self._key):
                 raise Refusal(401, "a valid API key is needed", headers=((b"www-authenticate", b"Bearer"),))
         handler = methods.get("GET" if exchange.method == "HEAD" else exchange.method)
@@ -89,7 +90,7 @@ class App:
         model = self._model(body.model, "classifier")
         prompts, single = self._inputs(model, body.input)
         request_id = exchange.request_id()
-        outputs = await self._one_step(exchange, model, prompts, request_id)
+        outputs = await self._one_step(model, prompts, request_id)
         results = [
             {"label": o.text, "confidence": (o.scores or {}).get(o.text, 1.0), "scores": o.scores} for o in outputs
         ]
@@ -105,24 +106,21 @@ class App:
         model = self._model(body.model, "embedder")
         prompts, _ = self._inputs(model, body.input)
         request_id = exchange.request_id()
-        outputs = await self._one_step(exchange, model, prompts, request_id)
+        outputs = await self._one_step(model, prompts, request_id)
         # An emulated model has no vectors to give: its embeddings are empty.
         vectors = [output.embedding or b"" for output in outputs]
         tokens = sum(len(prompt.token_ids) for prompt in prompts)
         answer = openai.embeddings(model.name, vectors, tokens, as_base64=body.encoding_format == "base64")
         await exchange.answer(encode(answer), headers=_identified(request_id))
 
-    async def _one_step(
-        self, exchange: Exchange, model: _Model, prompts: Sequence[Prompt], request_id: str
-    ) -> list[Output]:
+    async def _one_step(self, model: _Model, prompts: Sequence[Prompt], request_id: str) -> list[Output]:
         """One output for each prompt; when one fails, all do."""
         tickets: list[Ticket] = []
         try:
-            with exchange.watched():
-                for prompt in prompts:
-                    client_id = "" if tickets else request_id
-                    tickets.append(self._server.submit(model.name, prompt, output_tokens=0, client_id=client_id))
-                outputs = [output for ticket in tickets if (output := await ticket.next()) is not None]
+            for prompt in prompts:
+                client_id = "" if tickets else request_id
+                tickets.append(self._server.submit(model.name, prompt, output_tokens=0, client_id=client_id))
+            outputs = [output for ticket in tickets if (output := await ticket.next()) is not None]
         finally:
             for ticket in tickets:
                 self._server.cancel(ticket)
@@ -159,14 +157,13 @@ class App:
         )
         ticket = self._server.submit(model.name, prompt, output_tokens=tokens_max, client_id=request_id)
         try:
-            with exchange.watched():
-                first = await ticket.next()  # a refusal comes here, before any header is sent
-                if body.stream:
-                    await self._stream(exchange, ticket, first, reply, prompt, request_id, with_usage=body.with_usage())
-                    return
-                outputs = [first] if first else []
-                while (output := await ticket.next()) is not None:
-                    outputs.append(output)
+            first = await ticket.next()  # a refusal comes here, before any header is sent
+            if body.stream:
+                await self._stream(exchange, ticket, first, reply, prompt, request_id, with_usage=body.with_usage())
+                return
+            outputs = [first] if first else []
+            while (output := await ticket.next()) is not None:
+                outputs.append(output)
         finally:
             self._server.cancel(ticket)
         used = openai.usage(len(prompt.token_ids), len(outputs))

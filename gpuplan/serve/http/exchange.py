@@ -1,13 +1,15 @@
 """One request and its answer, over ASGI as uvicorn speaks it.
 
 An `Exchange` reads the body, bounded in size and in time, and sends one answer or a stream. It is made for small
-requests answered in milliseconds: no task, queue or lock is made for one. Whoever waits for an engine does so inside
-`watched()`, which ends the wait with ClientGone when the client hangs up. Used by one task at a time.
+requests answered in milliseconds: no task, queue or lock is made for one, and it is polled for nothing. Whoever waits
+for a body or an engine does so inside `with exchange:`, which ends the wait with Refusal when the body takes too long,
+and with ClientGone when the client hangs up. Used by the task that made it, and by no other.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from types import TracebackType
@@ -42,39 +44,56 @@ class ClientGone(Exception):
 
 
 class Exchange:
-    """`started` says that a status line is out."""
+    """`started` says that a status line is out. Everything happens inside `with exchange:`."""
 
-    __slots__ = ("_receive", "_send", "headers", "method", "path", "started")
+    __slots__ = (
+        "_cut_with",
+        "_deadline_set",
+        "_loop",
+        "_read",
+        "_receive",
+        "_send",
+        "_task",
+        "_timer",
+        "_watcher",
+        "headers",
+        "method",
+        "path",
+        "started",
+    )
+
+    _loop: asyncio.AbstractEventLoop
+    _task: asyncio.Task[Any] | None
+    _timer: asyncio.TimerHandle
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._receive, self._send = receive, send
         self.method: str = scope["method"]
         self.path: str = scope["path"]
-        self.headers: list[tuple[bytes, bytes]] = scope["headers"]
+        self.headers: dict[bytes, bytes] = dict(scope["headers"])  # names in lower case
         self.started = False
-
-    def header(self, name: bytes) -> bytes:
-        """The first header of that name (lower case), or nothing."""
-        return next((value for given, value in self.headers if given == name), b"")
+        self._read = self.method != "POST"  # whether the body is here, or none is asked for
+        self._deadline_set = False
+        self._watcher: asyncio.Task[None] | None = None
+        self._cut_with: Exception | None = None
 
     def request_id(self) -> str:
         """The client's `X-Request-Id` when it is a plain one, or a new one."""
-        given = self.header(b"x-request-id")
+        given = self.headers.get(b"x-request-id", b"")
         if 0 < len(given) <= 128 and given.isascii() and (text := given.decode()).isprintable():
             return text
-        return secrets.token_hex(12)
+        return f"{_PROCESS}{next(_numbers):08x}"
 
     async def body(self, decoder: msgspec.json.Decoder[T]) -> T:
         """The JSON body. Raises Refusal for one that is too large, too slow or wrong, ClientGone when it breaks off."""
-        declared = self.header(b"content-length")
+        declared = self.headers.get(b"content-length", b"")
         if declared.isdigit() and int(declared) > BODY_BYTES_MAX:
             raise _too_large()
-        with _Cut(Refusal(408, f"the body took longer than {BODY_S_MAX:g} s", headers=_CLOSE)) as cut:
-            timer = asyncio.get_running_loop().call_later(BODY_S_MAX, cut.now)
-            try:
-                raw = await self._raw()
-            finally:
-                timer.cancel()
+        raw = await self._raw()
+        self._read = True
+        if self._deadline_set:  # it came slowly: from here on the timer is for hanging up again
+            self._timer.cancel()
+            self._timer = self._loop.call_later(HANG_UP_S, self._look)
         try:
             return decoder.decode(raw)
         except msgspec.ValidationError as error:
@@ -90,26 +109,20 @@ class Exchange:
         message = await self._receive()
         if message["type"] == "http.request" and not message.get("more_body"):  # all of it at once: nearly always
             whole: bytes = message.get("body", b"")
-        else:
-            raw = bytearray()
-            while message["type"] == "http.request":
-                raw += message.get("body", b"")
-                if len(raw) > BODY_BYTES_MAX:
-                    raise _too_large()
-                if not message.get("more_body"):
-                    break
-                message = await self._receive()
-            else:
-                raise ClientGone
-            whole = bytes(raw)
-        if len(whole) > BODY_BYTES_MAX:
-            raise _too_large()
-        return whole
+            if len(whole) > BODY_BYTES_MAX:
+                raise _too_large()
+            return whole
+        raw = bytearray()
+        while message["type"] == "http.request":
+            raw += message.get("body", b"")
+            if len(raw) > BODY_BYTES_MAX:
+                raise _too_large()
+            if not message.get("more_body"):
+                return bytes(raw)
+            message = await self._receive()
+        raise ClientGone
 
-    def watched(self) -> _Watch:
-        """`with exchange.watched(): await ...`: raises ClientGone there once the client has hung up. Only after the
-        body was read."""
-        return _Watch(self._receive)
+    # --- the answer -----------------------------------------------------------------------------------------------
 
     async def answer(self, body: bytes, status: int = 200, headers: Headers = (), kind: bytes = JSON) -> None:
         """The whole answer."""
@@ -136,56 +149,14 @@ class Exchange:
     async def end(self, body: bytes = b"") -> None:
         await self._send({"type": "http.response.body", "body": body})
 
+    # --- what ends a wait -----------------------------------------------------------------------------------------
 
-_CLOSE = ((b"connection", b"close"),)
-
-
-def _too_large() -> Refusal:
-    return Refusal(413, f"the body is larger than {BODY_BYTES_MAX} bytes")
-
-
-class _Cut:
-    """Inside the block the current task's wait can be cut short with `now()`: the block then raises `error`.
-    What `asyncio.timeout` does, for a cause of any kind, and at a third of its cost."""
-
-    __slots__ = ("_cutting", "_error", "_task")
-
-    def __init__(self, error: Exception) -> None:
-        self._error = error
-        self._cutting = False
-        self._task: asyncio.Task[Any] | None = None
-
-    def __enter__(self) -> _Cut:
-        self._task = asyncio.current_task()
-        return self
-
-    def now(self) -> None:
-        if self._task is not None:
-            self._cutting = True
-            self._task.cancel()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        task, self._task = self._task, None
-        # When somebody else cancels the task at the same time, theirs is the cancellation that counts.
-        if self._cutting and task is not None and task.uncancel() == 0 and kind is asyncio.CancelledError:
-            raise self._error from None
-
-
-class _Watch(_Cut):
-    """A block that ends when the client hangs up."""
-
-    __slots__ = ("_receive", "_timer", "_watcher")
-
-    def __init__(self, receive: Receive) -> None:
-        super().__init__(ClientGone())
-        self._receive = receive
-        self._watcher: asyncio.Task[None] | None = None
-
-    def __enter__(self) -> _Watch:
-        super().__enter__()
-        self._timer = asyncio.get_running_loop().call_later(HANG_UP_S, self._begin)
+    def __enter__(self) -> Exchange:
+        """From here on waits are cut short: a body's after BODY_S_MAX, all others when the client hangs up. One timer
+        does for both, and only after HANG_UP_S does it cost more than being set and cancelled."""
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task(self._loop)
+        self._timer = self._loop.call_later(HANG_UP_S, self._look)
         return self
 
     def __exit__(
@@ -194,12 +165,36 @@ class _Watch(_Cut):
         self._timer.cancel()
         if self._watcher is not None:
             self._watcher.cancel()
-        super().__exit__(kind, error, trace)
+        if self._cut_with is None or self._task is None:
+            return
+        # When somebody else cancels the task at the same time, theirs is the cancellation that counts.
+        if self._task.uncancel() == 0 and kind is asyncio.CancelledError:
+            raise self._cut_with from None
 
-    def _begin(self) -> None:
-        self._watcher = asyncio.get_running_loop().create_task(self._until_gone())
+    def _look(self) -> None:
+        if self._read:
+            self._watcher = self._loop.create_task(self._until_gone())
+        elif self._deadline_set:
+            self._cut(Refusal(408, f"the body took longer than {BODY_S_MAX:g} s", headers=((b"connection", b"close"),)))
+        else:
+            self._deadline_set = True
+            self._timer = self._loop.call_later(BODY_S_MAX, self._look)
 
     async def _until_gone(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        self.now()
+        self._cut(ClientGone())
+
+    def _cut(self, error: Exception) -> None:
+        """The task's wait ends with a cancellation that leaves the block as `error`, as `asyncio.timeout` does it."""
+        if self._task is not None:
+            self._cut_with = error
+            self._task.cancel()
+
+
+_PROCESS = secrets.token_hex(8)
+_numbers = itertools.count()
+
+
+def _too_large() -> Refusal:
+    return Refusal(413, f"the body is larger than {BODY_BYTES_MAX} bytes")
