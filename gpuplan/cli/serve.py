@@ -53,12 +53,18 @@ def serve(
 
 
 async def _serve(deployment: Any, options: Any, folder: Path | None, as_json: bool) -> None:
+    import gc
     import json
 
     from gpuplan.record import store
     from gpuplan.serve.service import serving
 
     async with serving(deployment, options, signals=True) as service:
+        # Collections look only at what requests leave behind, not at the models and modules, and less often: each
+        # stops the event loop.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(10_000, 20, 50)
         if as_json:
             typer.echo(json.dumps({"url": service.url}))
         else:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from gpuplan.policy.core import ServingCore
@@ -28,25 +31,14 @@ class Metrics:
 
     def __init__(self, deployment: Deployment) -> None:
         self._model_of = {r.id: r.model for r in deployment.replicas}
-        self._open: dict[int, tuple[str, float]] = {}  # request: model, arrival
+        self._open: dict[int, tuple[_Counts, float]] = {}  # request: its model's counts, arrival
         self._steps: dict[str, tuple[RunStep, float]] = {}
-        self.registry = CollectorRegistry()
-
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"gpuplan_{name}", text, labels, registry=self.registry)
-
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(f"gpuplan_{name}", text, ("model",), buckets=buckets, registry=self.registry)
-
-        self._requests = counter("requests", "Requests ended, by outcome.", "model", "outcome")
-        self._tokens = counter("generation_tokens", "Tokens generated.", "model")
-        self._prompt_tokens = counter("prompt_tokens", "Prompt tokens taken in.", "model")
-        self._batch_size = histogram("batch_size", "Sequences in a step.", tuple(map(float, _SIZES)))
-        self._step = histogram("step_seconds", "Duration of a step.", _SECONDS)
-        self._first_token = histogram("time_to_first_token_seconds", "From arrival to the first token.", _SECONDS)
+        models = sorted({r.model for r in deployment.replicas})
+        self._counts = {name: _Counts(name) for name in models}
         self._cards = _Cards()
+        self.registry = CollectorRegistry()
+        self.registry.register(_Counted(self._counts))
         self.registry.register(self._cards)
-        self._latency = histogram("e2e_request_latency_seconds", "From arrival to the end.", _SECONDS)
 
     def watch(self, core: ServingCore, deployment: Deployment, lag: LoopLag) -> None:
         """Exposes the core's queues and the event loop's lag as gauges."""
@@ -66,8 +58,9 @@ class Metrics:
         """An event was handled at `now_s` and these actions came of it."""
         match event:
             case Arrive():
-                self._open[event.request_id] = (event.model, now_s)
-                self._prompt_tokens.labels(event.model).inc(event.prompt_tokens)
+                counts = self._counts[event.model]
+                counts.prompt_tokens += event.prompt_tokens
+                self._open[event.request_id] = (counts, now_s)
             case StepDone():
                 self._step_done(event, now_s)
             case Cancel():
@@ -87,20 +80,85 @@ class Metrics:
         step, started_s = self._steps.pop(event.replica_id, (None, 0.0))
         if step is None:
             return
-        model = self._model_of[place_of(step.replica_id)]
-        self._step.labels(model).observe(now_s - started_s)
-        self._batch_size.labels(model).observe(len(step.prefills) + len(step.decodes))
-        self._tokens.labels(model).inc(step.load.samples)
+        counts = self._counts[self._model_of[place_of(step.replica_id)]]
+        counts.step.observe(now_s - started_s)
+        counts.batch_size.observe(len(step.prefills) + len(step.decodes))
+        counts.tokens += step.load.samples
         for prefill in step.prefills:
             if prefill.last and (known := self._open.get(prefill.request_id)):
-                self._first_token.labels(model).observe(now_s - known[1])
+                counts.first_token.observe(now_s - known[1])
 
     def _ended(self, request_id: int, outcome: str, now_s: float) -> None:
-        model, arrived_s = self._open.pop(request_id, (None, 0.0))
-        if model is not None:
-            self._requests.labels(model, outcome).inc()
+        known = self._open.pop(request_id, None)
+        if known is not None:
+            counts, arrived_s = known
+            counts.ended[outcome] += 1
             if outcome == "completed":
-                self._latency.labels(model).observe(now_s - arrived_s)
+                counts.latency.observe(now_s - arrived_s)
+
+
+class _Histogram:
+    """Observations by bucket. prometheus_client's own takes a lock for every bucket and look-up: several times the
+    cost, on every request, where one event loop counts alone."""
+
+    __slots__ = ("_bounds", "_counts", "_sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def told(self) -> tuple[list[tuple[str, float]], float]:
+        """(upper bound, observations up to it) for each bucket, and the sum of all."""
+        names = [*(repr(float(bound)) for bound in self._bounds), "+Inf"]
+        return [*zip(names, itertools.accumulate(self._counts), strict=True)], self._sum
+
+
+class _Counts:
+    """What is counted for one model."""
+
+    __slots__ = ("batch_size", "ended", "first_token", "latency", "model", "prompt_tokens", "step", "tokens")
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.ended: Counter[str] = Counter()  # by outcome
+        self.prompt_tokens = self.tokens = 0
+        self.batch_size = _Histogram(_SIZES)
+        self.step, self.first_token, self.latency = _Histogram(_SECONDS), _Histogram(_SECONDS), _Histogram(_SECONDS)
+
+
+class _Counted(Collector):
+    """The counts as Prometheus' families, made when scraped."""
+
+    def __init__(self, counts: Mapping[str, _Counts]) -> None:
+        self._counts = counts
+
+    def collect(self) -> Iterable[Metric]:
+        ended = CounterMetricFamily("gpuplan_requests", "Requests ended, by outcome.", labels=["model", "outcome"])
+        generated = CounterMetricFamily("gpuplan_generation_tokens", "Tokens generated.", labels=["model"])
+        taken = CounterMetricFamily("gpuplan_prompt_tokens", "Prompt tokens taken in.", labels=["model"])
+        size = _family("batch_size", "Sequences in a step.")
+        step = _family("step_seconds", "Duration of a step.")
+        first = _family("time_to_first_token_seconds", "From arrival to the first token.")
+        latency = _family("e2e_request_latency_seconds", "From arrival to the end.")
+        for model, counts in self._counts.items():
+            for outcome, number in sorted(counts.ended.items()):
+                ended.add_metric([model, outcome], number)
+            generated.add_metric([model], counts.tokens)
+            taken.add_metric([model], counts.prompt_tokens)
+            size.add_metric([model], *counts.batch_size.told())
+            step.add_metric([model], *counts.step.told())
+            first.add_metric([model], *counts.first_token.told())
+            latency.add_metric([model], *counts.latency.told())
+        return (ended, generated, taken, size, step, first, latency)
+
+
+def _family(name: str, text: str) -> HistogramMetricFamily:
+    return HistogramMetricFamily(f"gpuplan_{name}", text, labels=["model"])
 
 
 class _Cards(Collector):

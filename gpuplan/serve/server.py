@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -55,18 +56,31 @@ class RequestFailed(Exception):
 class Ticket:
     """One request's outputs, in order. Raises RequestRefused or RequestFailed instead of an output."""
 
+    __slots__ = ("_items", "_reader", "prompt", "request_id")
+
     def __init__(self, request_id: int, prompt: Prompt) -> None:
         self.request_id, self.prompt = request_id, prompt
-        self._items: asyncio.Queue[Output | Exception | None] = asyncio.Queue()
+        self._items: deque[Output | Exception | None] = deque()
+        self._reader: asyncio.Future[None] | None = None
 
     def put(self, item: Output | Exception | None) -> None:
         """An output, the exception that ends it, or None at its regular end."""
-        self._items.put_nowait(item)
+        self._items.append(item)
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    async def next(self) -> Output | None:
+        """The next output, None at the end. One reader at a time."""
+        while not self._items:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        item = self._items.popleft()
+        if isinstance(item, Exception):
+            raise item
+        return item
 
     async def __aiter__(self) -> AsyncIterator[Output]:
-        while (item := await self._items.get()) is not None:
-            if isinstance(item, Exception):
-                raise item
+        while (item := await self.next()) is not None:
             yield item
 
 

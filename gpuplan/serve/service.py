@@ -22,7 +22,7 @@ from gpuplan.record.recorder import Recorder
 from gpuplan.record.run import Provenance, TelemetrySource
 from gpuplan.scenario.deployment import Deployment
 from gpuplan.serve import models
-from gpuplan.serve.http.app import make_app
+from gpuplan.serve.http.app import App
 from gpuplan.serve.lag import LoopLag
 from gpuplan.serve.metrics import Metrics
 from gpuplan.serve.server import Observer, Server
@@ -117,7 +117,7 @@ async def serving(deployment: Deployment, options: ServiceOptions, *, signals: b
         if sampler:
             sampler.start()
             stack.callback(sampler.stop)
-        listener = _Listener(server, make_app(server, metrics, api_key=options.api_key), options.drain_s)
+        listener = _Listener(server, App(server, metrics, api_key=options.api_key), options.drain_s)
         await stack.enter_async_context(listener.listening(listening, signals=signals))
         host, port = listening.getsockname()[:2]
         service = Service(
@@ -138,7 +138,8 @@ class _Listener(uvicorn.Server):
     def __init__(self, server: Server, app: Any, drain_s: float) -> None:
         super().__init__(
             uvicorn.Config(
-                app, log_level="warning", access_log=False, lifespan="off", server_header=False, timeout_keep_alive=75,
+                app, http="httptools", ws="none", proxy_headers=False,
+                log_level="warning", access_log=False, lifespan="off", server_header=False, timeout_keep_alive=75,
                 timeout_graceful_shutdown=SHUTDOWN_S,
                 h11_max_incomplete_event_size=64 << 10, backlog=2048,
             )

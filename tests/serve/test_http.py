@@ -17,7 +17,7 @@ from gpuplan.scenario import deployment
 from gpuplan.scenario.build import build
 from gpuplan.scenario.demand import Scenario
 from gpuplan.serve.engines import OutOfMemory
-from gpuplan.serve.http import app
+from gpuplan.serve.http.exchange import BODY_BYTES_MAX
 from gpuplan.serve.service import Service, ServiceOptions, serving
 
 CPU = {
@@ -131,7 +131,7 @@ BAD_BODIES = [
     ("/v1/classify", b'{"model": "sentiment", "input": []}', 400, "not empty"),
     ("/v1/classify", b'{"model": "sentiment", "input": "!!!"}', 400, "no words"),
     ("/v1/classify", json.dumps({"model": "sentiment", "input": "word " * 3000}).encode(), 400, "too long"),
-    ("/v1/classify", b" " * (app.BODY_BYTES_MAX + 1), 413, "larger"),
+    ("/v1/classify", b" " * (BODY_BYTES_MAX + 1), 413, "larger"),
 ]
 
 

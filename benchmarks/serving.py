@@ -1,0 +1,336 @@
+"""How fast `gpuplan serve` answers, beside mosec and beside a bare loop around the same inference, in one run.
+
+The model is a classifier: an embedding mean-pooled over the tokens and an MLP of 4 x 2048, made here from a seed. Every
+server gets the same JSON (token ids) over HTTP, runs the same ONNX file with as many ONNX Runtime threads, batches up
+to 64 and waits 2 ms for company. The load is gpuplan's own generator, in this process: 64 connections, then 1, each
+sending its next request when it has its answer. The servers take turns, several times over, so that a noisy
+machine hits all of them; rates and latencies are medians over the turns, ratios the medians of each turn's ratio.
+
+mosec is the peer (a Rust front, Python workers); install it by hand, `pip install mosec==0.9.8`, or it is left out.
+
+    python benchmarks/serving.py [--seconds 3] [--rounds 3] [--connections 64] [--layers 4] [--threads 1]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+TREE = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(TREE))
+
+import httptools  # noqa: E402
+import msgspec  # noqa: E402
+import numpy as np  # noqa: E402
+import uvloop  # noqa: E402
+
+from gpuplan.load.wire import Exchange, Pool, Target  # noqa: E402
+
+VOCABULARY = 4096
+TOKENS = 8
+BATCH = 64
+DELAY_MS = 2
+WARM_S = 0.5
+START_S_MAX = 60.0
+
+# What the bare server and mosec's worker are told: where the model is, and with how many threads it runs.
+FOLDER, THREADS = "SERVING_BENCHMARK_FOLDER", "SERVING_BENCHMARK_THREADS"
+
+
+class Load(NamedTuple):
+    """What one turn of load measured; latencies in ms."""
+
+    rate_per_s: float
+    p50_ms: float
+    p99_ms: float
+
+
+class Asked(msgspec.Struct):
+    """The body that every server gets."""
+
+    model: str
+    input: list[int]
+
+
+# --- the benchmarks -----------------------------------------------------------------------------------------------
+
+
+def classifying(options: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory(prefix="gpuplan-serving-") as name:
+        folder = Path(name)
+        write_model(folder, layers=options.layers, width=options.width)
+        print(f"MLP {options.layers} x {options.width}, {options.threads} ONNX Runtime thread(s), {TOKENS} tokens")
+        for size in (BATCH, 1):
+            batch_s = offline_s(folder, options.threads, size)
+            print(f"  offline, batch {size:2}: {size / batch_s:6.0f} inferences/s, {batch_s * 1e3:.2f} ms")
+        with contextlib.ExitStack() as stack:
+            urls = {"gpuplan": stack.enter_context(gpuplan(folder, options.threads))}
+            if importlib.util.find_spec("mosec"):
+                urls["mosec"] = stack.enter_context(mosec(folder, options.threads))
+            else:
+                print("  mosec is not installed: left out (pip install mosec==0.9.8)")
+            compare(urls, options.connections, options)
+            urls["bare"] = stack.enter_context(bare(folder, options.threads))
+            compare(urls, 1, options)
+
+
+def decoding(options: argparse.Namespace) -> None:
+    """The place of tiny-chat: tokens/s at 16 sequences, at 1, and of a bare loop around the session."""
+    raise SystemExit("decoding: there is no decoding engine in this tree to measure")
+
+
+BENCHMARKS: dict[str, Callable[[argparse.Namespace], None]] = {"classifying": classifying, "decoding": decoding}
+
+
+def compare(urls: dict[str, str], connections: int, options: argparse.Namespace) -> None:
+    """Loads the servers in turns, prints each one's medians and gpuplan's ratio to each of the others."""
+    turns: dict[str, list[Load]] = {name: [] for name in urls}
+    for _ in range(options.rounds):
+        for name, url in urls.items():
+            turns[name].append(uvloop.run(load(url, connections, options.seconds)))
+    print(f"{connections} connection(s)")
+    for name, loads in turns.items():
+        rate, p50, p99 = (statistics.median(values) for values in zip(*loads, strict=True))
+        print(f"  {name:8} {rate:7.0f} requests/s   p50 {p50:7.2f} ms   p99 {p99:7.2f} ms")
+    for name, loads in turns.items():
+        if name != "gpuplan":
+            pairs = zip(turns["gpuplan"], loads, strict=True)
+            ratios = zip(*([a / b for a, b in zip(*pair, strict=True)] for pair in pairs), strict=True)
+            rate, p50, p99 = (statistics.median(values) for values in ratios)
+            print(f"  gpuplan / {name:6}: requests/s x {rate:.2f}, p50 x {p50:.2f}, p99 x {p99:.2f}")
+
+
+async def load(url: str, connections: int, seconds: float) -> Load:
+    """Closed loops over `connections` connections for `seconds`, after a short warm-up."""
+    target = Target.parse(url)
+    pool = Pool(target, timeout_s=30)
+    ids = np.random.default_rng(7).integers(1, VOCABULARY, (512, TOKENS)).tolist()
+    payloads = [target.request("POST", "", msgspec.json.encode(Asked("mlp", row))) for row in ids]
+    begin_s = time.monotonic() + WARM_S
+    end_s = begin_s + seconds
+    waits_s: list[float] = []
+
+    async def loop(turn: int) -> None:
+        while time.monotonic() < end_s:
+            exchange = Exchange()
+            turn += connections
+            await pool.send(payloads[turn % len(payloads)], exchange)
+            if exchange.error or exchange.status != 200:
+                raise SystemExit(f"{url} answered {exchange.error or exchange.status}: {exchange.pieces}")
+            if exchange.sent_s >= begin_s and exchange.done_s < end_s:
+                waits_s.append(exchange.done_s - exchange.sent_s)
+
+    await pool.warm(connections)
+    try:
+        await asyncio.gather(*(loop(i) for i in range(connections)))
+    finally:
+        pool.close()
+    p50, p99 = np.percentile(waits_s, [50, 99]) * 1e3
+    return Load(len(waits_s) / seconds, p50, p99)
+
+
+def offline_s(folder: Path, threads: int, size: int) -> float:
+    """Median seconds of a `session.run` on a batch of that size."""
+    session = session_of(folder, threads)
+    ids = np.random.default_rng(7).integers(1, VOCABULARY, (size, TOKENS))
+    times = []
+    for _ in range(60):
+        begun = time.perf_counter()
+        session.run(None, {"input_ids": ids})
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times[10:])
+
+
+# --- the model ----------------------------------------------------------------------------------------------------
+
+
+def write_model(folder: Path, *, layers: int, width: int) -> None:
+    """`model.onnx`, `tokenizer.json`, `config.json` and a scenario that serves them on the CPU. Always the same."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    rng = np.random.default_rng(0)
+
+    def weights(name: str, rows: int, columns: int, scale: float) -> Any:
+        return numpy_helper.from_array((rng.standard_normal((rows, columns)) * scale).astype(np.float32), name)
+
+    constants = [weights("embedding", VOCABULARY, width, 1.0)]
+    nodes = [
+        helper.make_node("Gather", ["embedding", "input_ids"], ["embedded"]),
+        helper.make_node("ReduceMean", ["embedded"], ["x0"], axes=[1], keepdims=0),
+    ]
+    for i in range(layers):
+        constants.append(weights(f"w{i}", width, width, (2 / width) ** 0.5))
+        nodes.append(helper.make_node("MatMul", [f"x{i}", f"w{i}"], [f"y{i}"]))
+        nodes.append(helper.make_node("Relu", [f"y{i}"], [f"x{i + 1}"]))
+    constants.append(weights("out", width, 2, width**-0.5))
+    nodes.append(helper.make_node("MatMul", [f"x{layers}", "out"], ["logits"]))
+    graph = helper.make_graph(
+        nodes,
+        "mlp",
+        [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "tokens"])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 2])],
+        constants,
+    )
+    opset = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=9), str(folder / "model.onnx"))
+    vocabulary = Tokenizer(models.WordLevel({"[UNK]": 0, **{f"w{i}": i for i in range(1, VOCABULARY)}}, "[UNK]"))
+    vocabulary.pre_tokenizer = pre_tokenizers.Whitespace()
+    vocabulary.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps({"id2label": {"0": "no", "1": "yes"}}))
+    rule = {"max_batch_size": BATCH, "max_queue_delay": f"{DELAY_MS}ms", "max_queue_size": 1024}
+    scenario = {
+        "name": "serving-benchmark",
+        "models": {"mlp": {"onnx": str(folder / "model.onnx")}},
+        "deployment": {"gpu": "cpu", "batching": {"mlp": rule}},
+    }
+    (folder / "scenario.yaml").write_text(json.dumps(scenario))  # JSON is YAML
+
+
+def session_of(folder: Path, threads: int) -> Any:
+    """The session as gpuplan's engine opens it: the same threads, no spinning."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return ort.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+
+
+def answers(session: Any, batch: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    """Labels and scores of equally long prompts."""
+    (logits,) = session.run(None, {"input_ids": np.asarray(batch, dtype=np.int64)})
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    shares = (weights / weights.sum(axis=1, keepdims=True)).tolist()
+    named = [{"no": no, "yes": yes} for no, yes in shares]
+    return [{"label": max(s, key=s.__getitem__), "confidence": max(s.values()), "scores": s} for s in named]
+
+
+# --- the servers --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def gpuplan(folder: Path, threads: int) -> Iterator[str]:
+    """`gpuplan serve` of this tree. It shares the host's cores out among its replicas: it is told of `threads`."""
+    told = f"import os; os.cpu_count = lambda: {threads}; from gpuplan.cli import main; main()"
+    arguments = ["serve", str(folder / "scenario.yaml"), "--port", "0", "--json", "--telemetry", "none"]
+    with process([sys.executable, "-c", told, *arguments], {}) as server:
+        yield json.loads(server.stdout.readline())["url"] + "/v1/classify"
+
+
+@contextlib.contextmanager
+def mosec(folder: Path, threads: int) -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    told = {"MOSEC_ADDRESS": "127.0.0.1", "MOSEC_PORT": str(port), "MOSEC_LOG_LEVEL": "error"}
+    told |= {FOLDER: str(folder), THREADS: str(threads)}
+    with process([sys.executable, str(Path(__file__).with_name("serving_mosec.py"))], told):
+        until_answering(port)
+        yield f"http://127.0.0.1:{port}/inference"
+
+
+@contextlib.contextmanager
+def bare(folder: Path, threads: int) -> Iterator[str]:
+    told = {FOLDER: str(folder), THREADS: str(threads)}
+    with process([sys.executable, __file__, "--serve-bare"], told) as server:
+        yield f"http://127.0.0.1:{int(server.stdout.readline())}/v1/classify"
+
+
+@contextlib.contextmanager
+def process(command: list[str], told: dict[str, str]) -> Iterator[Any]:
+    environment = {**os.environ, "PYTHONPATH": str(TREE), "OMP_NUM_THREADS": "1", **told}
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        yield server
+    finally:
+        server.send_signal(signal.SIGTERM)
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+
+
+def until_answering(port: int) -> None:
+    """Returns when the server gives a 200; its workers load the model after its port is open."""
+    import httpx
+
+    end_s = time.monotonic() + START_S_MAX
+    body = msgspec.json.encode(Asked("mlp", [1] * TOKENS))
+    while time.monotonic() < end_s:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.post(f"http://127.0.0.1:{port}/inference", content=body).status_code == 200:
+                return
+        time.sleep(0.2)
+    raise SystemExit("mosec did not start")
+
+
+class Bare(asyncio.Protocol):
+    """The least that a server can do: it parses a request, runs the session where it stands, and writes."""
+
+    session: Any
+    decode = msgspec.json.Decoder(Asked).decode
+    encode = msgspec.json.Encoder().encode
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+        self._parser = httptools.HttpRequestParser(self)
+        self._body = b""
+
+    def data_received(self, data: bytes) -> None:
+        self._parser.feed_data(data)
+
+    def on_body(self, body: bytes) -> None:
+        self._body += body
+
+    def on_message_complete(self) -> None:
+        asked, self._body = Bare.decode(self._body), b""
+        body = Bare.encode(answers(Bare.session, [asked.input])[0])
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+        self._transport.write(head + body)
+
+
+async def serve_bare() -> None:
+    Bare.session = session_of(Path(os.environ[FOLDER]), int(os.environ[THREADS]))
+    server = await asyncio.get_running_loop().create_server(Bare, "127.0.0.1", 0)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.close)
+    with contextlib.suppress(asyncio.CancelledError):
+        await server.serve_forever()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("what", nargs="*", default=["classifying"], help=f"of {', '.join(BENCHMARKS)}")
+    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--connections", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--threads", type=int, default=1, help="ONNX Runtime's, in every server")
+    parser.add_argument("--serve-bare", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve_bare:
+        uvloop.run(serve_bare())
+    else:
+        for name in options.what:
+            BENCHMARKS[name](options)
+
+
+if __name__ == "__main__":
+    main()
