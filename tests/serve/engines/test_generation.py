@@ -28,13 +28,21 @@ def prompt_text(dice: Random, longest: int) -> str:
     return "".join(dice.choice(ALPHABET) for _ in range(dice.randint(1, longest)))
 
 
-def same(got: list[Output], expected: list[Output]) -> bool:
-    """The same tokens, and the same log-probabilities but for rounding."""
-    tokens = [o.logprob and o.logprob.token_bytes for o in got]
-    if tokens != [o.logprob and o.logprob.token_bytes for o in expected]:
-        return False
-    pairs = [(a.logprob, b.logprob) for a, b in zip(got, expected, strict=True)]
-    return all(a is not None and b is not None and abs(a.logprob - b.logprob) < 2e-2 for a, b in pairs)
+def same(got: list[Output], expected: list[Output], tolerance: float = 1e-3) -> bool:
+    """The same tokens with the same log-probabilities, but for rounding: where the two likeliest tokens are nearer to
+    each other than that, either may be chosen, and the texts part."""
+    assert len(got) == len(expected)
+    for a, b in zip(got, expected, strict=True):
+        if a.logprob is None or b.logprob is None or abs(a.logprob.logprob - b.logprob.logprob) > tolerance:
+            return False
+        if a.logprob.token_bytes != b.logprob.token_bytes:
+            return len(b.logprob.top) == 2 and b.logprob.top[0][1] - b.logprob.top[1][1] < tolerance
+    return True
+
+
+def rounding(kind: str) -> float:
+    """Of a log-probability. A half-precision cache rounds what the same run reads in full."""
+    return 5e-2 if kind == "half" else 1e-3
 
 
 @pytest.mark.parametrize("kind", ["append", "equal", "prefix"])
@@ -78,7 +86,7 @@ def test_batched_is_alone(drivers: Callable[[str], Driver], kind: str, seed: int
         driver.engine.release([ids[at] for at in over])
         running.difference_update(over)
     for at, outputs in enumerate(expected):
-        assert same(driver.outputs[ids[at]], outputs), (texts[at], at)
+        assert same(driver.outputs[ids[at]], outputs, rounding(kind)), texts[at]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -93,7 +101,7 @@ def test_a_prompt_in_chunks_is_the_whole_prompt(drivers: Callable[[str], Driver]
             driver.step(reads={request: chunk})
         for _ in range(7):
             driver.step([request])
-        assert same(driver.outputs[request], expected)
+        assert same(driver.outputs[request], expected, rounding(kind))
 
 
 def test_a_run_never_makes_more_logits_than_it_may(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +137,7 @@ def test_any_number_of_blocks_become_one(drivers: Callable[[str], Driver], kind:
     driver.step(requests)
     driver.step(requests[::-1])
     for request, outputs in zip(requests, expected, strict=True):
-        assert same(driver.outputs[request], outputs)
+        assert same(driver.outputs[request], outputs, rounding(kind))
     blocks = {id(driver.engine._sequences[request].block) for request in requests}
     assert len(blocks) == (5 if kind == "equal" else 1)
     driver.engine.release(requests)
