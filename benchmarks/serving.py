@@ -72,13 +72,13 @@ class Asked(msgspec.Struct):
 def classifying(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="gpuplan-serving-") as name:
         folder = Path(name)
-        write_model(folder, layers=options.layers, width=options.width)
+        write_model(folder, options)
         print(f"MLP {options.layers} x {options.width}, {options.threads} ONNX Runtime thread(s), {TOKENS} tokens")
         for size in (BATCH, 1):
             batch_s = offline_s(folder, options.threads, size)
             print(f"  offline, batch {size:2}: {size / batch_s:6.0f} inferences/s, {batch_s * 1e3:.2f} ms")
         with contextlib.ExitStack() as stack:
-            urls = {"gpuplan": stack.enter_context(gpuplan(folder, options.threads))}
+            urls = {"gpuplan": stack.enter_context(gpuplan(folder, "/v1/classify"))}
             if importlib.util.find_spec("mosec"):
                 urls["mosec"] = stack.enter_context(mosec(folder, options.threads))
             else:
@@ -158,12 +158,13 @@ def offline_s(folder: Path, threads: int, size: int) -> float:
 # --- the model ----------------------------------------------------------------------------------------------------
 
 
-def write_model(folder: Path, *, layers: int, width: int) -> None:
+def write_model(folder: Path, options: argparse.Namespace) -> None:
     """`model.onnx`, `tokenizer.json`, `config.json` and a scenario that serves them on the CPU. Always the same."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
     from tokenizers import Tokenizer, models, pre_tokenizers
 
+    layers, width = options.layers, options.width
     rng = np.random.default_rng(0)
 
     def weights(name: str, rows: int, columns: int, scale: float) -> Any:
@@ -194,10 +195,11 @@ def write_model(folder: Path, *, layers: int, width: int) -> None:
     vocabulary.save(str(folder / "tokenizer.json"))
     (folder / "config.json").write_text(json.dumps({"id2label": {"0": "no", "1": "yes"}}))
     rule = {"max_batch_size": BATCH, "max_queue_delay": f"{DELAY_MS}ms", "max_queue_size": 1024}
+    replica = {"model": "mlp", "slice": "cpu", "threads": options.threads, "worker": options.worker}
     scenario = {
         "name": "serving-benchmark",
         "models": {"mlp": {"onnx": str(folder / "model.onnx")}},
-        "deployment": {"gpu": "cpu", "batching": {"mlp": rule}},
+        "deployment": {"gpu": "cpu", "replicas": [replica], "batching": {"mlp": rule}},
     }
     (folder / "scenario.yaml").write_text(json.dumps(scenario))  # JSON is YAML
 
@@ -225,12 +227,11 @@ def answers(session: Any, batch: Sequence[Sequence[int]]) -> list[dict[str, Any]
 
 
 @contextlib.contextmanager
-def gpuplan(folder: Path, threads: int) -> Iterator[str]:
-    """`gpuplan serve` of this tree. It shares the host's cores out among its replicas: it is told of `threads`."""
-    told = f"import os; os.cpu_count = lambda: {threads}; from gpuplan.cli import main; main()"
+def gpuplan(folder: Path, path: str) -> Iterator[str]:
+    """`gpuplan serve` of this tree."""
     arguments = ["serve", str(folder / "scenario.yaml"), "--port", "0", "--json", "--telemetry", "none"]
-    with process([sys.executable, "-c", told, *arguments], {}) as server:
-        yield json.loads(server.stdout.readline())["url"] + "/v1/classify"
+    with process([sys.executable, "-m", "gpuplan", *arguments], {}) as server:
+        yield json.loads(server.stdout.readline())["url"] + path
 
 
 @contextlib.contextmanager
@@ -323,6 +324,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=1, help="ONNX Runtime's, in every server")
+    parser.add_argument("--worker", choices=("process", "thread"), default="process", help="where gpuplan computes")
     parser.add_argument("--serve-bare", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve_bare:

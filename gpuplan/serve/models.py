@@ -97,31 +97,39 @@ def _spec(
 ) -> EngineSpec:
     part = replica.slice.profile
     on_cpu = provider == CPU_PROVIDER
-    cores = _cores(replica, deployment) if on_cpu else ()
     return EngineSpec(
         source=source.onnx if source.onnx is not None else f"{model_files.BUILTIN}{source.builtin}",
         role=replica.role,
         provider=provider,
-        threads=len(cores) or 1,
+        threads=_threads(replica, deployment) if on_cpu else 1,
         memory_bytes_max=None if on_cpu or part is None else part.memory_bytes // replica.processes,
         max_batch_size=deployment.batching[replica.model].max_batch_size,
         tokens_max=context_tokens_max(source),
         device=device,
-        cores=cores,
+        cores=_cores(replica, deployment) if on_cpu else (),
     )
 
 
+def _threads(replica: Replica, deployment: Deployment) -> int:
+    """How many cores a replica computes with: an equal share of them, unless the deployment says."""
+    return replica.threads or max(len(_usable_cores()) // len(deployment.replicas), 1)
+
+
 def _cores(replica: Replica, deployment: Deployment) -> tuple[int, ...]:
-    """The cores that a replica computes on: its own where there are enough for all, else shared ones."""
-    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    each = max(len(usable) // len(deployment.replicas), 1)
-    first = 0
-    for other in deployment.replicas:
-        count = other.threads or each
-        if other.id == replica.id:
-            return tuple(usable[(first + i) % len(usable)] for i in range(min(count, len(usable))))
-        first += count
-    raise AssertionError("a replica is one of its deployment")
+    """The cores that a replica alone computes on, where there are several replicas and cores enough. One replica goes
+    where the scheduler puts it: bound to a core, it would wait there for whoever else is given it."""
+    usable = _usable_cores()
+    counts = [_threads(other, deployment) for other in deployment.replicas]
+    if len(counts) == 1 or sum(counts) > len(usable):
+        return ()
+    first = sum(counts[: deployment.replicas.index(replica)])
+    return tuple(usable[first : first + _threads(replica, deployment)])
+
+
+def _usable_cores() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def _known(deployment: Deployment, cards: Sequence[Card]) -> bool:

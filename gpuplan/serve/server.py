@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Protocol
 
 from gpuplan.policy.core import ServingCore
@@ -169,7 +169,9 @@ class Server:
                     if place_of(action.replica_id) in self._decoders:
                         self._homes.update(dict.fromkeys(prompts, action.replica_id))
                     self._over[action.replica_id] = []
-                    task = asyncio.get_running_loop().create_task(self._run(action, prompts, now_s))
+                    # Called here, so that a worker has its step before the answers to the last one are written.
+                    running = self.fleet.engines[action.replica_id].run(action, prompts, asked_s=now_s)
+                    task = asyncio.get_running_loop().create_task(self._finish(action, running))
                     self._steps.add(task)
                     task.add_done_callback(self._steps.discard)
                 case Complete(request_id=request_id):
@@ -182,10 +184,10 @@ class Server:
                     self.fleet.nothing_runs_on(replica_id)
         self._arm()
 
-    async def _run(self, step: RunStep, prompts: Mapping[int, Prompt], asked_s: float) -> None:
+    async def _finish(self, step: RunStep, running: Awaitable[Mapping[int, Output]]) -> None:
         engine = self.fleet.engines[step.replica_id]
         try:
-            outputs = await engine.run(step, prompts, asked_s=asked_s)
+            outputs = await running
             answers = [(request_id, outputs[request_id]) for request_id in step.answered()]
         except EngineLost:  # the fleet tells the core
             self._over.pop(step.replica_id, None)

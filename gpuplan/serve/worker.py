@@ -15,7 +15,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from typing import Any
@@ -114,9 +114,8 @@ class WorkerThread(_Worker):
         await self._call(self._runner.load)
         self.description, self._notes = self._runner.description, self._runner.notes()
 
-    async def run(self, step: RunStep, prompts: Mapping[int, Prompt], *, asked_s: float) -> Mapping[int, Output]:
-        outputs: Mapping[int, Output] = await self._call(self._runner.run, step, prompts)
-        return outputs
+    def run(self, step: RunStep, prompts: Mapping[int, Prompt], *, asked_s: float) -> Awaitable[Mapping[int, Output]]:
+        return self._call(self._runner.run, step, prompts)
 
     def release(self, request_ids: Iterable[int]) -> None:
         if self._thread is not None:
@@ -132,8 +131,8 @@ class WorkerThread(_Worker):
             self._thread.shutdown()
             self._thread = None
 
-    async def _call(self, work: Any, *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
+    def _call(self, work: Any, *arguments: Any) -> asyncio.Future[Any]:
+        return asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
 
 
 class WorkerProcess(_Worker):
@@ -166,7 +165,7 @@ class WorkerProcess(_Worker):
         _, self._line = await asyncio.get_running_loop().create_connection(_Line, sock=ours)
         self._why = ""
         try:
-            answer = await self._ask(Load(self._build, self.spec), LOAD_S_MAX)
+            answer = await self._answer_to(Load(self._build, self.spec), LOAD_S_MAX)
         except EngineLost as lost:
             raise RunError(f"the worker process of {self.spec.source} ended while loading: {lost}") from None
         except BaseException:
@@ -177,12 +176,8 @@ class WorkerProcess(_Worker):
             raise RunError(answer.message)
         self.description, self._notes = answer.description, answer.notes
 
-    async def run(self, step: RunStep, prompts: Mapping[int, Prompt], *, asked_s: float) -> Mapping[int, Output]:
-        answer = await self._ask(Run(step, dict(prompts)), self._step_timeout_s)
-        if isinstance(answer, Failed):
-            raise OutOfMemory(answer.message) if answer.kind == OutOfMemory.__name__ else StepError(answer.message)
-        outputs: Mapping[int, Output] = answer.outputs
-        return outputs
+    def run(self, step: RunStep, prompts: Mapping[int, Prompt], *, asked_s: float) -> Awaitable[Mapping[int, Output]]:
+        return self._outputs(self._answer_to(Run(step, dict(prompts)), self._step_timeout_s))
 
     def release(self, request_ids: Iterable[int]) -> None:
         if self._line is not None:
@@ -198,14 +193,24 @@ class WorkerProcess(_Worker):
     async def close(self) -> None:
         await self._end()
 
-    async def _ask(self, message: Load | Run, timeout_s: float) -> Any:
+    async def _outputs(self, answer: Awaitable[Any]) -> Mapping[int, Output]:
+        told = await answer
+        if isinstance(told, Failed):
+            raise OutOfMemory(told.message) if told.kind == OutOfMemory.__name__ else StepError(told.message)
+        outputs: Mapping[int, Output] = told.outputs
+        return outputs
+
+    def _answer_to(self, message: Load | Run, timeout_s: float) -> asyncio.Future[Any]:
+        """Sends the message now; the future raises EngineLost when no answer can come any more."""
+        loop = asyncio.get_running_loop()
         if self._line is None:
-            raise EngineLost("the worker process is not running")
-        watchdog = asyncio.get_running_loop().call_later(timeout_s, self._overdue, timeout_s)
-        try:
-            return await self._line.ask(message)
-        finally:
-            watchdog.cancel()
+            lost: asyncio.Future[Any] = loop.create_future()
+            lost.set_exception(EngineLost("the worker process is not running"))
+            return lost
+        watchdog = loop.call_later(timeout_s, self._overdue, timeout_s)
+        answer = self._line.ask(message)
+        answer.add_done_callback(lambda _: watchdog.cancel())
+        return answer
 
     def _overdue(self, timeout_s: float) -> None:
         """A kernel that hangs cannot be interrupted: the process is killed, which ends the line and so the step."""
@@ -277,12 +282,12 @@ class _Line(asyncio.Protocol):
         if not self.closed.is_set():
             self._transport.write(_frame(message))
 
-    async def ask(self, message: Load | Run) -> Any:
-        if self.closed.is_set():
-            raise EngineLost("the worker process is gone")
+    def ask(self, message: Load | Run) -> asyncio.Future[Any]:
         self._answer = asyncio.get_running_loop().create_future()
+        if self.closed.is_set():
+            self._answer.set_exception(EngineLost("the worker process is gone"))
         self.send(message)
-        return await self._answer
+        return self._answer
 
     def close(self) -> None:
         self._transport.close()

@@ -9,7 +9,7 @@ raises fails as a whole and leaves the engine as it was before (plan, run, commi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from msgspec import Struct
@@ -92,9 +92,10 @@ class Engine(Protocol):
         """Loads and warms up; afterwards `run` may be called. Raises RunError or InputError when it cannot."""
         ...
 
-    async def run(self, step: RunStep, prompts: Mapping[int, Prompt], *, asked_s: float) -> Mapping[int, Output]:
-        """Runs one step and answers the requests of `step.answered()`. `prompts` holds those of `step.prefills`.
-        `asked_s` is when the core decided on it, on the monotonic clock. Raises OutOfMemory, EngineLost, anything."""
+    def run(self, step: RunStep, prompts: Mapping[int, Prompt], *, asked_s: float) -> Awaitable[Mapping[int, Output]]:
+        """Begins one step and, once awaited, answers the requests of `step.answered()`. `prompts` holds those of
+        `step.prefills`. `asked_s` is when the core decided on it, on the monotonic clock. Raises OutOfMemory,
+        EngineLost, anything."""
         ...
 
     def release(self, request_ids: Iterable[int]) -> None:
