@@ -17,7 +17,7 @@ from gpuplan.scenario import deployment
 from gpuplan.scenario.build import build
 from gpuplan.scenario.demand import Scenario
 from gpuplan.serve.engines import OutOfMemory
-from gpuplan.serve.http import exchange
+from gpuplan.serve.http import exchange, protocol
 from gpuplan.serve.http.exchange import BODY_BYTES_MAX
 from gpuplan.serve.service import Service, ServiceOptions, serving
 
@@ -307,4 +307,17 @@ def test_a_body_in_pieces_is_read_and_one_that_breaks_off_is_forgotten(monkeypat
         assert (await client.get("/health/ready")).status_code == 200
 
     monkeypatch.setattr(exchange, "HANG_UP_S", 0.02)
+    run(CPU, scene)
+
+
+def test_a_head_without_end_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(client: httpx.AsyncClient, service: Service) -> None:
+        begun = b"GET /health/live HTTP/1.1\r\nHost: x\r\nX-Long: "
+        assert (await raw(service, begun, b"a" * 40_000, b"a" * 40_000)).startswith(b"HTTP/1.1 431 ")
+        assert await raw(service, begun) == b"", "closed without a word"
+        assert await raw(service) == b"", "and so is one that says nothing"
+        whole = await raw(service, begun, b"b\r\nConnection: close\r\n\r\n")
+        assert whole.startswith(b"HTTP/1.1 200 "), "in pieces, but in time"
+
+    monkeypatch.setattr(protocol, "HEAD_S_MAX", 0.3)
     run(CPU, scene)
