@@ -81,6 +81,10 @@ SHAPES: dict[str, ModelShape] = {
         # The built-in classifier is a pooled embedding and a two-layer perceptron; on an emulated card it is timed
         # as the one-layer encoder below, which costs more: a bound, not an estimate.
         ModelShape("sentiment", "classifier", 1, 256, 4, 4, 1024, False, 4096, 2048),
+        # The built-in decoder is built to these very sizes, in fp32.
+        ModelShape(
+            "tiny-chat", "decoder", 4, 640, 10, 2, 1280, True, 260, 2048, bytes_per_element=4, kv_bytes_per_element=4
+        ),
     )
 }
 

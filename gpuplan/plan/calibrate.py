@@ -16,7 +16,7 @@ from gpuplan.hardware.roofline import StepLoad
 from gpuplan.record import summary
 from gpuplan.record.run import Run
 from gpuplan.scenario import files
-from gpuplan.scenario.deployment import resolve
+from gpuplan.scenario.deployment import place_of, resolve
 from gpuplan.scenario.schedule import Schedule, ScheduledRequest
 from gpuplan.sim.service_times import Fit, ServiceTimes, step_costs
 from gpuplan.sim.simulator import simulate
@@ -48,7 +48,7 @@ def fit(run: Run, *, until_s: float = float("inf")) -> ServiceTimes:
     steps = run.batches[~run.batches["failed"].astype(bool) & (run.batches["started_s"] < until_s)]
     groups: dict[tuple[str, str], list[pd.DataFrame]] = {}
     for replica_id, rows in steps.groupby("replica"):
-        replica = by_id.get(str(replica_id))
+        replica = by_id.get(place_of(str(replica_id)))
         if replica is not None:
             groups.setdefault((replica.model, replica.slice.name), []).append(rows)
     fits = {}

@@ -19,7 +19,7 @@ def admit(model: ModelState, sequence: Sequence, *, draining: bool) -> Reject | 
     """None, or the refusal."""
     if draining:
         return Reject(sequence.request_id, "draining", RETRY_AFTER_S_MIN)
-    if not any(replica.up for replica in model.replicas):
+    if not any(replica.available for replica in model.replicas):
         return Reject(sequence.request_id, "no_replica", RETRY_AFTER_S_MIN)
     if not fits_somewhere(model, sequence):
         # For good, or only while the replica that could hold it is down.
@@ -33,5 +33,5 @@ def admit(model: ModelState, sequence: Sequence, *, draining: bool) -> Reject | 
 
 
 def fits_somewhere(model: ModelState, sequence: Sequence) -> bool:
-    """Some replica that is up has KV cache for all of the sequence, once it is empty."""
-    return any(replica.up and replica.could_hold(sequence) for replica in model.replicas)
+    """Some replica that is up, or soon will be, has KV cache for all of the sequence, once it is empty."""
+    return any(replica.available and replica.could_hold(sequence) for replica in model.replicas)

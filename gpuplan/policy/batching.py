@@ -1,8 +1,9 @@
 """What goes into a step.
 
-Models that answer in one step (classifiers): the oldest waiting requests, up to `max_batch_size`, once the batch is
-full or the oldest has waited `max_queue_delay`, counted from its arrival. With no delay set, an idle replica starts
-at once.
+Models that answer in one step (classifiers, embedders): the oldest waiting requests, up to `max_batch_size`. An idle
+replica starts at once, unless company is to be expected: fewer wait than the last step answered, and that step has just
+ended, so those it answered may be on their way back. Then it waits until as many are there, at most `max_queue_delay`
+from the oldest's arrival.
 
 Decoders: iteration-level batching (Yu et al., Orca, OSDI 2022). Every running sequence gets one token a step; new
 ones join between steps; at most `max_batch_tokens` tokens run in a step, so a long prompt is read in chunks and the
@@ -18,10 +19,11 @@ from gpuplan.policy.vocabulary import Prefill, RunStep
 
 def batch_due_s(model: ModelState) -> float:
     """When the head of the queue may start as the oldest of a batch. The queue must not be empty."""
-    rule = model.batching
-    if len(model.queue) >= min(rule.max_batch_size, rule.max_queue_size):
-        return model.queue[0].arrived_s
-    return model.queue[0].arrived_s + rule.max_queue_delay
+    rule, arrived_s = model.batching, model.queue[0].arrived_s
+    expected = min(model.answered, rule.max_batch_size, rule.max_queue_size)
+    if len(model.queue) >= expected or arrived_s - model.answered_s > rule.max_queue_delay:
+        return arrived_s
+    return arrived_s + rule.max_queue_delay
 
 
 def single_step(model: ModelState, replica: ReplicaState, step_id: int, batch: list[Sequence]) -> RunStep:

@@ -10,6 +10,7 @@ A driver calls `handle` for every event, and once more with `Wake` when `next_ti
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from gpuplan.policy import admission, batching, dispatch, failures
@@ -28,6 +29,10 @@ from gpuplan.policy.vocabulary import (
     RunStep,
     StepDone,
     StepFailed,
+    Swap,
+    Unload,
+    VersionAdded,
+    VersionDropped,
     Wake,
 )
 from gpuplan.scenario.deployment import Deployment, role
@@ -38,9 +43,10 @@ class ServingCore:
 
     def __init__(self, deployment: Deployment) -> None:
         self._replicas = {
-            r.id: ReplicaState(r, order, deployment.batching[r.model].max_batch_size)
+            r.id: ReplicaState(r, order, deployment.batching[r.model].max_batch_size, [])
             for order, r in enumerate(deployment.replicas)
         }
+        self._places = dict(self._replicas)
         self._models = {
             name: ModelState(
                 name,
@@ -62,6 +68,9 @@ class ServingCore:
             Cancel: self._cancel,
             ReplicaUp: self._replica_up,
             ReplicaDown: self._replica_down,
+            VersionAdded: self._version_added,
+            Swap: self._swap,
+            VersionDropped: self._version_dropped,
             Drain: self._drain,
         }
 
@@ -76,6 +85,8 @@ class ServingCore:
             touched = self._doors[type(event)](event, actions)
             if touched is not None:
                 self._start_steps(touched, actions)
+                if touched.retiring:
+                    self._unload(touched, actions)
         return actions
 
     def next_timer_s(self) -> float | None:
@@ -83,7 +94,7 @@ class ServingCore:
         due = [
             batching.batch_due_s(model)
             for model in self._models.values()
-            if model.queue and not model.decoder and any(r.idle for r in model.replicas)
+            if model.queue and not model.decoder and any(r.idle and not r.retiring for r in model.replicas)
         ]
         return min(due, default=None)
 
@@ -103,7 +114,12 @@ class ServingCore:
     def ready(self) -> bool:
         """Every model that has replicas has one that is up, and new requests are taken."""
         served = [model.replicas for model in self._models.values() if model.replicas]
-        return not self._draining and all(any(r.up for r in replicas) for replicas in served)
+        return not self._draining and all(any(r.up and not r.retiring for r in replicas) for replicas in served)
+
+    def kv_free(self, replica_id: str) -> int | None:
+        """Tokens of KV cache that are not reserved where this replica is; None where there is no limit."""
+        replica = self._replicas[replica_id]
+        return None if replica.spec.kv_tokens_max is None else replica.kv_free()
 
     # --- events ---------------------------------------------------------------------------------------------------
 
@@ -119,11 +135,12 @@ class ServingCore:
         return model
 
     def _step_done(self, event: StepDone, actions: list[Action]) -> ModelState | None:
-        model, replica = self._model_of[event.replica_id], self._replicas[event.replica_id]
-        step = replica.step
-        if step is None or step.step_id != event.step_id:
+        replica = self._replicas.get(event.replica_id)
+        step = replica.step if replica else None
+        if replica is None or step is None or step.step_id != event.step_id:
             return None  # a step of a replica that has gone down meanwhile
-        replica.step = None
+        model, replica.step = self._model_of[event.replica_id], None
+        model.answered, model.answered_s = step.load.samples, self._now_s
         ran = replica.decoding
         if len(step.decodes) < len(ran):  # one group of several that take turns
             ran = [s for s in ran if s.request_id in step.decodes]
@@ -154,9 +171,9 @@ class ServingCore:
                 replica.context_tokens += s.prompt_tokens + 1
 
     def _step_failed(self, event: StepFailed, actions: list[Action]) -> ModelState | None:
-        replica = self._replicas[event.replica_id]
-        step = replica.step
-        if step is None or step.step_id != event.step_id:
+        replica = self._replicas.get(event.replica_id)
+        step = replica.step if replica else None
+        if replica is None or step is None or step.step_id != event.step_id:
             return None
         replica.step = None
         self._drop_cancelled(replica)
@@ -186,29 +203,70 @@ class ServingCore:
         return s.model
 
     def _replica_up(self, event: ReplicaUp, actions: list[Action]) -> ModelState | None:
-        self._replicas[event.replica_id].up = True
+        replica = self._replicas[event.replica_id]
+        replica.up, replica.returning = True, False
         return self._model_of[event.replica_id]
 
     def _replica_down(self, event: ReplicaDown, actions: list[Action]) -> ModelState | None:
         model, replica = self._model_of[event.replica_id], self._replicas[event.replica_id]
-        replica.up = False
-        replica.step = None
+        running, replica.step = replica.step, None
+        replica.up, replica.returning = False, event.returns
         self._drop_cancelled(replica)
         replica.turns.clear()
+        suspects = {p.request_id for p in running.prefills} if running else ()
         for s in sorted(replica.sequences(), key=lambda s: s.request_id, reverse=True):
-            s.losses += 1
+            s.losses += s.request_id in suspects
             if failures.may_try_elsewhere(model, s):
                 self._leave(replica, s)
                 s.replica, s.prefilled = None, 0
                 model.queue.appendleft(s)
             else:
                 self._fail([s], "replica_lost", actions)
-        # What fits no replica that is left would wait for ever, and block those behind it.
+        self._fail_homeless(model, actions)
+        return model
+
+    def _version_added(self, event: VersionAdded, actions: list[Action]) -> ModelState | None:
+        first, model = self._places[event.place], self._model_of[event.place]
+        spec = replace(first.spec, id=event.replica_id)
+        state = ReplicaState(spec, first.order, model.batching.max_batch_size, first.place)
+        state.returning = event.returns
+        self._replicas[event.replica_id] = state
+        self._model_of[event.replica_id] = model
+        model.replicas.append(state)
+        model.replicas.sort(key=lambda r: r.order)
+        return None
+
+    def _swap(self, event: Swap, actions: list[Action]) -> ModelState | None:
+        model = self._models[event.model]
+        for replica_id in event.new:
+            taking = self._replicas[replica_id]
+            taking.up, taking.returning, taking.retiring, taking.unloaded = True, False, False, False
+        for replica_id in event.old:
+            self._replicas[replica_id].retiring = True
+            model.retiring += 1
+        return model
+
+    def _version_dropped(self, event: VersionDropped, actions: list[Action]) -> ModelState | None:
+        """Its model's place in the deployment stays known: another version may be loaded there."""
+        model, replica = self._model_of[event.replica_id], self._replicas.pop(event.replica_id)
+        model.replicas.remove(replica)
+        replica.place.remove(replica)
+        self._fail_homeless(model, actions)
+        return model
+
+    def _unload(self, model: ModelState, actions: list[Action]) -> None:
+        for replica in model.replicas:
+            if replica.retiring and not replica.unloaded and replica.step is None and not replica.running:
+                replica.unloaded = True
+                model.retiring -= 1
+                actions.append(Unload(replica.spec.id))
+
+    def _fail_homeless(self, model: ModelState, actions: list[Action]) -> None:
+        """What fits no replica that is left would wait for ever, and block those behind it."""
         homeless = [s for s in model.queue if not admission.fits_somewhere(model, s)]
         for s in homeless:
             model.queue.remove(s)
         self._fail(homeless, "no_replica", actions)
-        return model
 
     def _drain(self, event: Drain, actions: list[Action]) -> ModelState | None:
         self._draining = True
@@ -232,7 +290,8 @@ class ServingCore:
             chosen = dispatch.least_loaded(model, model.queue[0])
             if chosen is None or not chosen.idle:
                 return
-            while model.queue and chosen.running < chosen.batch_limit:
+            chosen.take(model.queue.popleft())
+            while model.queue and chosen.running < chosen.batch_limit and not _suspected(model, chosen):
                 chosen.take(model.queue.popleft())
             self._start(chosen, batching.single_step(model, chosen, self._steps + 1, chosen.prefilling), actions)
 
@@ -296,3 +355,8 @@ class ServingCore:
                 assert chosen is None or not chosen.idle, "no idle replica leaves work waiting"
         assert {s.request_id for s in seen} == set(self._sequences), "every sequence is in one place"
         assert len(seen) == len(self._sequences), "and in one only"
+
+
+def _suspected(model: ModelState, replica: ReplicaState) -> bool:
+    """Whether the next of the queue, or who is on the replica already, has to run alone."""
+    return bool(model.queue[0].losses or replica.prefilling[0].losses)

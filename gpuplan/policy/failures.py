@@ -2,8 +2,11 @@
 
 A step that fails is split in halves, which take their turns on the same replica, and so on down to the one request
 that fails alone: it gets the error, its batch-mates get their answers. A step without memory is split too, and its
-replica runs smaller ones until enough have gone well. What was lost with a replica before it sent a token is tried on
-another one, once: a request that was on two replicas when they died is not given a third.
+replica runs smaller ones until enough have gone well.
+
+What was lost with a replica before it sent a token is tried once more, on another replica or on the same when it is
+back. Whoever was in the step that a replica died of is a suspect: it runs alone until it has a token, so that only the
+culprit is in the next such step, and one that was in two of them is not given a third.
 """
 
 from __future__ import annotations
@@ -41,6 +44,9 @@ def gone_well(replica: ReplicaState) -> None:
 
 def next_turn(replica: ReplicaState, alive: Mapping[int, Sequence]) -> list[Sequence] | None:
     """The group whose turn it is, or None when everybody on the replica may run together."""
+    for s in replica.prefilling:
+        if s.losses and not s.cancelled:
+            return [s]
     while replica.turns:
         group = [s for s in replica.turns.pop() if alive.get(s.request_id) is s]
         if group:

@@ -53,6 +53,9 @@ class ReplicaState:
     """A replica's sequences: those whose prompt is still being read, and those that get a token every step. `cancelled`
     counts those that leave when the running step is over.
 
+    `place` holds the versions that are loaded where this one is, itself among them, and share its memory. One that is
+    `retiring` has been taken over from: it finishes what it has. One that is down and `returning` is waited for.
+
     `turns` are groups that run one after the other, the last one first, before everybody runs together again: the
     halves of a step that failed. `batch_limit` is how many may run in a step, lowered where memory was short, and
     `calm_steps` how many have gone well since.
@@ -66,16 +69,25 @@ class ReplicaState:
         "decoding",
         "kv_reserved",
         "order",
+        "place",
         "prefilling",
+        "retiring",
+        "returning",
         "spec",
         "step",
         "turns",
+        "unloaded",
         "up",
     )
 
-    def __init__(self, spec: Replica, order: int, batch_limit: int) -> None:
+    def __init__(self, spec: Replica, order: int, batch_limit: int, place: list[ReplicaState]) -> None:
         self.spec = spec
         self.order = order
+        self.place = place
+        place.append(self)
+        self.retiring = False
+        self.returning = False
+        self.unloaded = False
         self.batch_limit = batch_limit
         self.calm_steps = 0
         self.turns: list[list[Sequence]] = []
@@ -104,12 +116,28 @@ class ReplicaState:
         limit = self.spec.kv_tokens_max
         return limit is None or sequence.kv_tokens <= limit
 
+    @property
+    def available(self) -> bool:
+        """It takes sequences, now or soon."""
+        return (self.up or self.returning) and not self.retiring
+
     def has_room_for(self, sequence: Sequence) -> bool:
         """A place in the batch and KV cache for all of it: an admitted sequence never runs out of memory."""
-        if not self.up or self.running >= self.batch_limit:
+        if not self.up or self.retiring or self.running >= self.batch_limit:
             return False
         limit = self.spec.kv_tokens_max
-        return limit is None or self.kv_reserved + sequence.kv_tokens <= limit
+        if limit is None:
+            return True
+        if len(self.place) == 1:
+            return self.kv_reserved + sequence.kv_tokens <= limit
+        return sequence.kv_tokens <= self.kv_free()
+
+    def kv_free(self) -> int:
+        """Tokens of KV cache left in its place, beside what every version there holds and the weights of all but one.
+        Only for a model with a limit."""
+        assert self.spec.kv_tokens_max is not None, "only where there is a limit"
+        displaced = self.spec.weights_kv_tokens * (len(self.place) - 1)
+        return self.spec.kv_tokens_max - displaced - sum(r.kv_reserved for r in self.place)
 
     def take(self, sequence: Sequence) -> None:
         sequence.replica = self
@@ -118,9 +146,20 @@ class ReplicaState:
 
 
 class ModelState:
-    """A model's queue, its replicas in order of the deployment, and when its last requests completed."""
+    """A model's queue, its replicas in order of the deployment, and when its last requests completed. `answered` is how
+    many requests its last step answered, at `answered_s`; `retiring` counts versions that are not unloaded yet."""
 
-    __slots__ = ("batching", "completions", "decoder", "name", "queue", "replicas")
+    __slots__ = (
+        "answered",
+        "answered_s",
+        "batching",
+        "completions",
+        "decoder",
+        "name",
+        "queue",
+        "replicas",
+        "retiring",
+    )
 
     def __init__(self, name: str, decoder: bool, batching: BatchingSpec, replicas: list[ReplicaState]) -> None:
         self.name = name
@@ -129,6 +168,9 @@ class ModelState:
         self.replicas = replicas
         self.queue: deque[Sequence] = deque()
         self.completions: deque[float] = deque(maxlen=DRAIN_WINDOW)
+        self.retiring = 0
+        self.answered = 0
+        self.answered_s = float("-inf")
 
     def drain_s(self) -> float:
         """Seconds that the queue needs to drain at the recent rate of completions; 1 where there is none yet."""

@@ -36,11 +36,13 @@ class Arrive(Word, frozen=True):
 
 
 class StepDone(Word, frozen=True):
-    """A step has run. `ended` names sequences whose engine met an end of text before their limit."""
+    """A step has run. `ended` names sequences whose engine met an end of text before their limit; `late_s` is how much
+    later than an emulated card would have the host ended it."""
 
     replica_id: str
     step_id: int
     ended: tuple[int, ...] = ()
+    late_s: float | None = None
 
 
 class StepFailed(Word, frozen=True):
@@ -64,7 +66,33 @@ class ReplicaUp(Word, frozen=True):
 
 
 class ReplicaDown(Word, frozen=True):
-    """A replica is gone; what ran there is lost."""
+    """A replica is gone; what ran there is lost. When it `returns`, being started again, the queue waits for it."""
+
+    replica_id: str
+    reason: str = ""
+    returns: bool = False
+
+
+class VersionAdded(Word, frozen=True):
+    """A new version is to be loaded in the place of a replica of the deployment: it is down, and takes memory there.
+    When it `returns` soon, the queue waits for it."""
+
+    replica_id: str
+    place: str
+    returns: bool = False
+
+
+class Swap(Word, frozen=True):
+    """The new versions, loaded and warm, take all that is not yet running from here on; the old ones finish what they
+    have, and are unloaded."""
+
+    model: str
+    new: tuple[str, ...] = ()
+    old: tuple[str, ...] = ()
+
+
+class VersionDropped(Word, frozen=True):
+    """A version is unloaded, or was never loaded: its memory is free."""
 
     replica_id: str
 
@@ -77,7 +105,19 @@ class Wake(Word, frozen=True):
     """The time that `next_timer_s` named has come."""
 
 
-Event = Arrive | StepDone | StepFailed | Cancel | ReplicaUp | ReplicaDown | Drain | Wake
+Event = (
+    Arrive
+    | StepDone
+    | StepFailed
+    | Cancel
+    | ReplicaUp
+    | ReplicaDown
+    | VersionAdded
+    | Swap
+    | VersionDropped
+    | Drain
+    | Wake
+)
 
 # --- actions ------------------------------------------------------------------------------------------------------
 
@@ -128,7 +168,13 @@ class Fail(Word, frozen=True):
     reason: str
 
 
-Action = Reject | RunStep | Complete | Fail
+class Unload(Word, frozen=True):
+    """Nothing runs any more on a version that was taken over from: free it."""
+
+    replica_id: str
+
+
+Action = Reject | RunStep | Complete | Fail | Unload
 
 
 class Decision(Struct, frozen=True):

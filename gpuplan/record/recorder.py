@@ -26,7 +26,7 @@ from gpuplan.policy.vocabulary import (
     StepFailed,
 )
 from gpuplan.record.run import BATCH_COLUMNS, REQUEST_COLUMNS, SERVED_COLUMNS, SERVER_VIEW, TELEMETRY_COLUMNS
-from gpuplan.scenario.deployment import Deployment
+from gpuplan.scenario.deployment import Deployment, place_of
 from gpuplan.scenario.schedule import ScheduledRequest
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ class Recorder:
             served = self.served[prefill.request_id]
             if served.started_s is None:
                 served.started_s = now_s
-                served.replica = step.replica_id
+            served.replica = step.replica_id
 
     def _step_over(self, event: StepDone | StepFailed, now_s: float) -> None:
         step, started_s = self._open.get(event.replica_id, (None, 0.0))
@@ -200,7 +200,7 @@ class Recorder:
         del self._open[event.replica_id]
         failed = type(event) is StepFailed
         load = step.load
-        model, part = self._slices[step.replica_id]
+        model, part = self._slices[place_of(step.replica_id)]
         batch_size = len(step.prefills) + len(step.decodes)
         self._batches.append(
             (
@@ -218,6 +218,7 @@ class Recorder:
                 load.samples,
                 step.waiting,
                 failed,
+                None if failed or event.late_s is None else event.late_s * 1e3,  # type: ignore[union-attr]
             )
         )
         if failed:

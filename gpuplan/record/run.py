@@ -7,6 +7,7 @@ History of the schema:
 1  first form
 2  telemetry has memory utilisation, clocks, temperature, throttle reasons, PCIe and processes, and may come from an
    exporter (`prometheus`)
+3  batches have how late an emulated step ended (`late_ms`)
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import msgspec
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 Source = Literal["bench", "simulate"]
 TelemetrySource = Literal["nvml", "emulated", "prometheus", "none"]
@@ -56,7 +57,7 @@ SERVER_VIEW = ("replica", "arrived_s", "started_s", "finished_s")
 BATCH_COLUMNS: dict[str, str] = {
     "step_id": "int64",
     "model": "string",
-    "replica": "string",
+    "replica": "string",  # chat-0, or chat-0#2 for its second version
     "slice": "string",
     "started_s": "float64",
     "done_s": "float64",
@@ -68,6 +69,7 @@ BATCH_COLUMNS: dict[str, str] = {
     "samples": "int64",
     "waiting": "int64",  # the model's queue when the step began
     "failed": "bool",
+    "late_ms": "float64",  # after the emulated card would have ended it; null where nothing is emulated
 }
 
 TELEMETRY_COLUMNS: dict[str, str] = {

@@ -126,7 +126,7 @@ class ModelSource(Section, frozen=True):
     """Exactly one of: `builtin` (a model the package makes itself), `onnx` (a file), `emulate` (a known shape's name),
     `shape` (one's own, or the path of a Hugging Face `config.json`, which `files.load` replaces by what it says)."""
 
-    builtin: Literal["sentiment"] | None = None
+    builtin: Literal["sentiment", "tiny-chat"] | None = None
     onnx: str | None = None
     emulate: str | None = None
     shape: ShapeSpec | str | None = None
@@ -141,22 +141,30 @@ class BatchingSpec(Section, frozen=True):
     """How large a batch may grow and how long it may wait for company.
 
     `max_batch_tokens` bounds the prompt tokens of one decoder step, so that a long prompt is prefilled in chunks
-    and does not stall the tokens of others (vLLM's default with chunked prefill is 2048).
+    and does not stall the tokens of others (vLLM's default with chunked prefill is 2048). A step that takes longer than
+    `step_timeout` is taken for hung, and its worker process is killed.
     """
 
     max_batch_size: Annotated[int, Meta(ge=1, le=4096)] = 32
     max_queue_delay: QueueDelay = 0.0
     max_queue_size: Annotated[int, Meta(ge=1, le=1_000_000)] = 256
     max_batch_tokens: Annotated[int, Meta(ge=16, le=1_000_000)] = 2048
+    step_timeout: Annotated[float, Meta(ge=0.1, le=3600.0, extra={"duration": True})] = 60.0
 
 
 class ReplicaSpec(Section, frozen=True):
-    """A model on `count` slices of that profile, in each of them `processes` copies that share it (MPS)."""
+    """A model on `count` slices of that profile, in each of them `processes` copies that share it (MPS).
+
+    `worker` is where ONNX Runtime runs, a process for each replica or a thread of the server; `threads` how many of the
+    CPU's cores each replica computes with, left out: an equal share of them.
+    """
 
     model: Name
     slice: str = "whole"
     count: Annotated[int, Meta(ge=1, le=1024)] = 1
     processes: Annotated[int, Meta(ge=1, le=48)] = 1
+    worker: Literal["process", "thread"] = "process"
+    threads: Annotated[int, Meta(ge=1, le=1024)] | None = None
 
 
 class AutoscaleSpec(Section, frozen=True):

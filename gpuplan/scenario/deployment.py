@@ -25,6 +25,7 @@ from gpuplan.scenario.demand import (
 )
 
 CPU = "cpu"
+VERSION_MARK = "#"
 
 SAID_ELSEWHERE = frozenset({"price_per_hour", "idle_power_w"})
 """What stands as assumed where it is used: beside the price, and with emulated power."""
@@ -54,7 +55,7 @@ class Slice:
 @dataclass(frozen=True, slots=True)
 class Replica:
     """One copy of a model on one slice, which `processes` copies share. `kv_tokens_max` is None for a model without a
-    KV cache."""
+    KV cache; `weights_kv_tokens` is how many tokens of KV cache a second version of the model would displace."""
 
     id: str
     model: str
@@ -62,6 +63,9 @@ class Replica:
     slice: Slice
     kv_tokens_max: int | None
     processes: int = 1
+    weights_kv_tokens: int = 0
+    worker: Literal["process", "thread"] = "process"
+    threads: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +93,15 @@ class Deployment:
         return replace(self, batching={**self.batching, model: batching})
 
 
+def place_of(replica_id: str) -> str:
+    """The deployment's replica in whose place a version of it runs: `chat-0#2` is the second of `chat-0`."""
+    return replica_id.partition(VERSION_MARK)[0]
+
+
 def role(source: ModelSource) -> Role:
     """What a request to this model gets back: a stream of tokens or one answer."""
     shape = shape_of(source)
-    return shape.role if shape and source.emulated else "classifier"
+    return shape.role if shape else "classifier"
 
 
 def shape_of(source: ModelSource) -> shapes.ModelShape | None:
@@ -258,7 +267,19 @@ def _assign(
             for _ in range(spec.processes):
                 number = sum(1 for r in replicas if r.model == spec.model)
                 name = f"{spec.model}-{number}"
-                replicas.append(Replica(name, spec.model, role(source), part, kv_tokens_max, spec.processes))
+                replicas.append(
+                    Replica(
+                        id=name,
+                        model=spec.model,
+                        role=role(source),
+                        slice=part,
+                        kv_tokens_max=kv_tokens_max,
+                        processes=spec.processes,
+                        weights_kv_tokens=_weights_kv_tokens(source) if kv_tokens_max else 0,
+                        worker=spec.worker,
+                        threads=spec.threads,
+                    )
+                )
     return tuple(replicas)
 
 
@@ -316,3 +337,11 @@ def _kv_tokens(source: ModelSource, part: Slice, processes: int, key: str) -> in
             allowed="a slice with more memory",
         )
     return tokens if role(source) == "decoder" else None
+
+
+def _weights_kv_tokens(source: ModelSource) -> int:
+    """Tokens of KV cache that take as much memory as the model's weights and runtime do; 0 where it has no shape."""
+    model = shape_of(source)
+    if model is None or not model.kv_bytes_per_token:
+        return 0
+    return roofline.memory_used_bytes(model, 0) // model.kv_bytes_per_token

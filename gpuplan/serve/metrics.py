@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 from gpuplan.policy.core import ServingCore
 from gpuplan.policy.vocabulary import Action, Arrive, Cancel, Complete, Event, Fail, Reject, RunStep, StepDone
 from gpuplan.record.recorder import Sample
-from gpuplan.scenario.deployment import Deployment
+from gpuplan.scenario.deployment import Deployment, place_of
 from gpuplan.serve.lag import LoopLag
 from gpuplan.telemetry.prometheus import OWN
 
@@ -80,7 +80,7 @@ class Metrics:
         step, started_s = self._steps.pop(event.replica_id, (None, 0.0))
         if step is None:
             return
-        counts = self._counts[self._model_of[step.replica_id]]
+        counts = self._counts[self._model_of[place_of(step.replica_id)]]
         counts.step.observe(now_s - started_s)
         counts.batch_size.observe(len(step.prefills) + len(step.decodes))
         counts.tokens += step.load.samples

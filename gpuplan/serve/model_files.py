@@ -41,8 +41,13 @@ def read(source: str) -> ModelFiles:
 
 
 def _builtin(name: str) -> ModelFiles:
-    from gpuplan.serve.builtin import sentiment
+    from gpuplan.serve.builtin import sentiment, tiny_chat
 
+    if name == tiny_chat.NAME:
+        vocabulary = tiny_chat.vocabulary()
+        return ModelFiles(
+            tiny_chat.model(), lambda text: vocabulary.encode(text).ids, vocabulary, end_ids=tiny_chat.end_ids()
+        )
     assert name == "sentiment", "demand.ModelSource names the built-ins that exist"
     return ModelFiles(sentiment.model(), sentiment.token_ids, labels=sentiment.LABELS)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Protocol
 
 from gpuplan.policy.core import ServingCore
@@ -24,14 +24,15 @@ from gpuplan.policy.vocabulary import (
     Event,
     Fail,
     Reject,
-    ReplicaUp,
     RunStep,
     StepDone,
     StepFailed,
+    Unload,
     Wake,
 )
-from gpuplan.scenario.deployment import Deployment
-from gpuplan.serve.engines import Engine, OutOfMemory, Output, Prompt
+from gpuplan.scenario.deployment import Deployment, Replica, place_of
+from gpuplan.serve.engines import Engine, EngineLost, OutOfMemory, Output, Prompt
+from gpuplan.serve.fleet import Fleet
 
 
 class Observer(Protocol):
@@ -91,9 +92,12 @@ class Server:
     ) -> None:
         self.deployment = deployment
         self.core = ServingCore(deployment)
-        self._engines = engines
+        self.fleet = Fleet(deployment, engines, self._feed)
         self._observers = observers
         self._tickets: dict[int, Ticket] = {}
+        self._homes: dict[int, str] = {}  # requests whose engine keeps something between steps
+        self._over: dict[str, list[int]] = {}  # by replica that runs a step: requests that ended meanwhile
+        self._decoders = {r.id for r in deployment.replicas if r.role == "decoder"}
         self._steps: set[asyncio.Task[None]] = set()
         self._next_id = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -102,15 +106,12 @@ class Server:
         self._empty.set()
 
     async def start(self) -> None:
-        """Loads every engine, one after the other; a replica serves as soon as its own is warm."""
-        for replica_id, engine in self._engines.items():
-            await engine.load()
-            self._feed(ReplicaUp(replica_id))
+        """Loads every engine."""
+        await self.fleet.start()
 
     def tokenize(self, model: str, text: str) -> Prompt:
         """The prompt as the model's engine counts it."""
-        engine = self._engines[self.deployment.replicas_of(model)[0].id]
-        return Prompt(text, engine.tokenize(text))
+        return Prompt(text, self.fleet.engines[self.fleet.serving[model][0]].tokenize(text))
 
     def submit(self, model: str, prompt: Prompt, *, output_tokens: int, client_id: str = "") -> Ticket:
         """Gives the request to the core; what comes of it is read from the ticket."""
@@ -125,6 +126,14 @@ class Server:
         if ticket.request_id in self._tickets:
             self._end(ticket.request_id, None)
             self._feed(Cancel(ticket.request_id))
+
+    async def swap(self, model: str, make: Callable[[Replica], Engine], *, beside: bool = True) -> None:
+        """Puts new versions of a model into the places of those that serve it: see `Fleet.swap`."""
+        await self.fleet.swap(model, make, has_room=self._has_room, beside=beside)
+
+    def _has_room(self, replica_id: str) -> bool:
+        free = self.core.kv_free(replica_id)
+        return free is None or free > 0
 
     async def drain(self, timeout_s: float) -> bool:
         """Takes no new requests and waits for those that run; False when some still run after `timeout_s`."""
@@ -144,8 +153,7 @@ class Server:
         for step in self._steps:
             step.cancel()
         await asyncio.gather(*self._steps, return_exceptions=True)
-        for engine in self._engines.values():
-            await engine.close()
+        await self.fleet.close()
 
     # --- events in, actions out -----------------------------------------------------------------------------------
 
@@ -158,6 +166,9 @@ class Server:
             match action:
                 case RunStep():
                     prompts = {p.request_id: self._tickets[p.request_id].prompt for p in action.prefills}
+                    if place_of(action.replica_id) in self._decoders:
+                        self._homes.update(dict.fromkeys(prompts, action.replica_id))
+                    self._over[action.replica_id] = []
                     task = asyncio.get_running_loop().create_task(self._run(action, prompts, now_s))
                     self._steps.add(task)
                     task.add_done_callback(self._steps.discard)
@@ -167,18 +178,24 @@ class Server:
                     self._end(request_id, RequestRefused(reason, retry_after_s))
                 case Fail(request_id=request_id, reason=reason):
                     self._end(request_id, RequestFailed(reason))
+                case Unload(replica_id=replica_id):
+                    self.fleet.nothing_runs_on(replica_id)
         self._arm()
 
     async def _run(self, step: RunStep, prompts: Mapping[int, Prompt], asked_s: float) -> None:
+        engine = self.fleet.engines[step.replica_id]
         try:
-            outputs = await self._engines[step.replica_id].run(step, prompts, asked_s=asked_s)
+            outputs = await engine.run(step, prompts, asked_s=asked_s)
             answers = [(request_id, outputs[request_id]) for request_id in step.answered()]
-        except asyncio.CancelledError:
-            raise
+        except EngineLost:  # the fleet tells the core
+            self._over.pop(step.replica_id, None)
+            return
         except Exception as error:  # an engine may fail in any way; its requests must hear of it
             reason = OUT_OF_MEMORY if isinstance(error, OutOfMemory) else f"engine_error: {type(error).__name__}"
+            self._step_over(step.replica_id)
             self._feed(StepFailed(step.replica_id, step.step_id, reason))
             return
+        self._step_over(step.replica_id)
         ended = tuple(request_id for request_id, output in answers if output.end or output.error)
         for request_id, output in answers:
             ticket = self._tickets.get(request_id)
@@ -186,14 +203,26 @@ class Server:
                 self._end(request_id, RequestFailed(output.error))
             elif ticket is not None:
                 ticket.put(output)
-        self._feed(StepDone(step.replica_id, step.step_id, ended))
+        self._feed(StepDone(step.replica_id, step.step_id, ended, engine.late_s))
 
     def _end(self, request_id: int, last: Exception | None) -> None:
         ticket = self._tickets.pop(request_id, None)
         if ticket is not None:
             ticket.put(last)
+        home = self._homes.pop(request_id, None)
+        if home is not None and home in self.fleet.engines:
+            # A step that was decided before may name the request, and must not reach the engine after its release.
+            over = self._over.get(home)
+            if over is None:
+                self.fleet.engines[home].release((request_id,))
+            else:
+                over.append(request_id)
         if not self._tickets:
             self._empty.set()
+
+    def _step_over(self, replica_id: str) -> None:
+        if over := self._over.pop(replica_id, None):
+            self.fleet.engines[replica_id].release(over)
 
     def _arm(self) -> None:
         """Sets the timer that the core asks for. It fires with the later of deadline and clock, so that waking a hair

@@ -22,7 +22,6 @@ from gpuplan.record.recorder import Recorder
 from gpuplan.record.run import Provenance, TelemetrySource
 from gpuplan.scenario.deployment import Deployment
 from gpuplan.serve import models
-from gpuplan.serve.engines import Engine
 from gpuplan.serve.http.app import App
 from gpuplan.serve.http.protocol import BoundedProtocol
 from gpuplan.serve.lag import LoopLag
@@ -60,7 +59,6 @@ class Service:
     server: Server
     recorder: Recorder | None
     sampler: Sampler | None
-    engines: dict[str, Engine]
     listener: _Listener
     lag: LoopLag
     notes: list[str] = field(default_factory=list)
@@ -74,7 +72,8 @@ class Service:
         await self.listener.over.wait()
 
     def about(self) -> dict[str, Any]:
-        by_model = {r.model: self.engines[r.id] for r in self.server.deployment.replicas}
+        engines = self.server.fleet.engines
+        by_model = {name: engines[ids[0]] for name, ids in self.server.fleet.serving.items() if ids}
         provenance: dict[str, Provenance] = {name: engine.provenance for name, engine in by_model.items()}
         return {
             "engines": {name: engine.description for name, engine in by_model.items()},
@@ -82,7 +81,7 @@ class Service:
             "telemetry_source": self.telemetry_source,
             "notes": [
                 *dict.fromkeys([*self.notes, *(self.sampler.problems if self.sampler else ())]),
-                *(f"{r}: {note}" for r, engine in self.engines.items() for note in engine.notes()),
+                *(f"{r}: {note}" for r, engine in engines.items() for note in engine.notes()),
                 *self.lag.notes(),
             ],
         }
@@ -97,8 +96,7 @@ async def serving(deployment: Deployment, options: ServiceOptions, *, signals: b
     cards, problems = nvml.survey()
     card_present = any(card.known_as == deployment.gpu_name for card in cards)
     engines = {
-        r.id: models.engine_for(r, deployment, card_present=card_present, allow_cpu=options.allow_cpu)
-        for r in deployment.replicas
+        r.id: models.engine_for(r, deployment, cards=cards, allow_cpu=options.allow_cpu) for r in deployment.replicas
     }
     metrics = Metrics(deployment)
     recorder = Recorder(deployment) if options.record else None
@@ -128,7 +126,6 @@ async def serving(deployment: Deployment, options: ServiceOptions, *, signals: b
             server,
             recorder,
             sampler,
-            engines,
             listener,
             lag,
             problems if options.telemetry in (choice.AUTO, "nvml") else [],

@@ -12,7 +12,7 @@ from gpuplan.hardware import roofline
 from gpuplan.hardware.profiles import Profile
 from gpuplan.policy.vocabulary import Action, Event, ReplicaDown, RunStep, StepDone, StepFailed
 from gpuplan.record.recorder import Sample
-from gpuplan.scenario.deployment import Deployment, Replica, shape_of
+from gpuplan.scenario.deployment import Deployment, Replica, place_of, shape_of
 from gpuplan.telemetry.source import Source
 
 
@@ -27,10 +27,12 @@ class EmulatedCards(Source):
 
     def decided(self, event: Event, actions: list[Action], *, now_s: float) -> None:
         """An event was handled at `now_s` and these actions came of it."""
-        if isinstance(event, StepDone | StepFailed | ReplicaDown) and (meter := self._meters.get(event.replica_id)):
+        if isinstance(event, StepDone | StepFailed | ReplicaDown) and (
+            meter := self._meters.get(place_of(event.replica_id))
+        ):
             meter.stop(now_s, None if isinstance(event, ReplicaDown) else event.step_id)
         for action in actions:
-            if isinstance(action, RunStep) and (meter := self._meters.get(action.replica_id)):
+            if isinstance(action, RunStep) and (meter := self._meters.get(place_of(action.replica_id))):
                 meter.start(action, now_s)
 
     def read(self, now_s: float) -> list[Sample]:

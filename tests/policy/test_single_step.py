@@ -28,6 +28,16 @@ def ask(request_id: int, tokens: int = 10) -> Arrive:
     return Arrive(request_id, "mood", tokens)
 
 
+def full_batch(count: int) -> Table:
+    """Rows after which replica mood-0 is idle and has just answered requests 1 to `count` in one step, its second."""
+    return [
+        (0.0, ask(0), ["mood-0 #1: 0"]),
+        *((0.0, ask(i), []) for i in range(1, count + 1)),
+        (0.05, done("mood-0", 1), ["complete 0", f"mood-0 #2: {' '.join(map(str, range(1, count + 1)))}"]),
+        (0.1, done("mood-0", 2), [f"complete {i}" for i in range(1, count + 1)]),
+    ]
+
+
 TABLES: dict[str, tuple[dict[str, float], int, Table]] = {
     "no delay": (
         {"max_batch_size": 4},
@@ -41,21 +51,36 @@ TABLES: dict[str, tuple[dict[str, float], int, Table]] = {
             (0.5, ask(4), ["mood-0 #3: 4"]),
         ],
     ),
+    "nobody is waited for who was not there": (
+        {"max_batch_size": 8, "max_queue_delay": 1.0},
+        1,
+        [
+            (0.0, ask(1), ["mood-0 #1: 1"]),  # nothing is running
+            (0.1, done("mood-0", 1), ["complete 1"]),
+            (0.2, ask(2), ["mood-0 #2: 2"]),  # as many as the last step answered are back
+            (0.3, ask(3), []),
+            (0.4, ask(4), []),
+            (0.5, done("mood-0", 2), ["complete 2", "mood-0 #3: 3 4"]),  # more than that: at once
+            (0.6, done("mood-0", 3), ["complete 3", "complete 4"]),
+            (1.7, ask(5), ["mood-0 #4: 5"]),  # its step is longer ago than the delay: nobody will come
+        ],
+    ),
     "by size": (
         {"max_batch_size": 3, "max_queue_delay": 1.0},
         1,
         [
-            (0.0, ask(1), []),  # waits for company
-            (0.1, ask(2), []),
-            (0.2, ask(3), ["mood-0 #1: 1 2 3"]),  # full: no reason to wait on
-            (0.3, ask(4), []),
-            (0.4, ask(5), []),
-            (0.5, ask(6), []),  # full, and nowhere to run
-            (0.6, ask(7), []),
+            *full_batch(3),
+            (0.2, ask(4), []),  # the others of the last batch may come back, too
+            (0.3, ask(5), []),
+            (0.4, ask(6), ["mood-0 #3: 4 5 6"]),  # as many as were answered
+            (0.5, ask(7), []),
+            (0.5, ask(8), []),
+            (0.5, ask(9), []),  # full, and nowhere to run
+            (0.5, ask(10), []),
             (
                 0.7,
-                done("mood-0", 1),
-                ["complete 1", "complete 2", "complete 3", "mood-0 #2: 4 5 6"],
+                done("mood-0", 3),
+                ["complete 4", "complete 5", "complete 6", "mood-0 #4: 7 8 9"],
             ),  # no more than fit
         ],
     ),
@@ -63,29 +88,32 @@ TABLES: dict[str, tuple[dict[str, float], int, Table]] = {
         {"max_batch_size": 8, "max_queue_delay": 1.0},
         1,
         [
-            (0.0, ask(1), []),
-            (0.9, ask(2), []),
-            (0.99, Wake(), []),  # too early: nothing happens
-            (1.0, Wake(), ["mood-0 #1: 1 2"]),  # counted from the oldest's arrival
-            (1.5, ask(3), []),
-            (3.0, done("mood-0", 1), ["complete 1", "complete 2", "mood-0 #2: 3"]),  # overdue: at once
-            (3.1, done("mood-0", 2), ["complete 3"]),
+            *full_batch(3),
+            (0.5, ask(4), []),
+            (1.4, ask(5), []),
+            (1.49, Wake(), []),  # too early: nothing happens
+            (1.5, Wake(), ["mood-0 #3: 4 5"]),  # counted from the oldest's arrival
+            (1.6, ask(6), []),
+            (3.0, done("mood-0", 3), ["complete 4", "complete 5", "mood-0 #4: 6"]),  # overdue: at once
+            (3.1, done("mood-0", 4), ["complete 6"]),
         ],
     ),
     "an arrival finds the batch due": (
         {"max_batch_size": 8, "max_queue_delay": 1.0},
         1,
         [
-            (0.0, ask(1), []),
-            (1.2, ask(2), ["mood-0 #1: 1 2"]),  # the timer was late; it takes the newcomer along
+            *full_batch(3),
+            (0.2, ask(4), []),
+            (1.3, ask(5), ["mood-0 #3: 4 5"]),  # the timer was late; it takes the newcomer along
         ],
     ),
     "a queue shorter than the batch": (
         {"max_batch_size": 8, "max_queue_size": 2, "max_queue_delay": 1.0},
         1,
         [
-            (0.0, ask(1), []),
-            (0.1, ask(2), ["mood-0 #1: 1 2"]),  # it can never get fuller than this
+            *full_batch(2),
+            (0.2, ask(3), []),
+            (0.3, ask(4), ["mood-0 #3: 3 4"]),  # it can never get fuller than this
         ],
     ),
     "the first idle replica": (
@@ -134,13 +162,14 @@ TABLES: dict[str, tuple[dict[str, float], int, Table]] = {
         {"max_batch_size": 4, "max_queue_delay": 1.0},
         1,
         [
-            (0.0, ask(1), []),
-            (0.5, ask(2), []),
-            (0.6, Cancel(1), []),
-            (1.0, Wake(), []),  # the oldest is now 2
-            (1.5, Wake(), ["mood-0 #1: 2"]),
-            (1.6, Cancel(1), []),  # a second time does nothing
-            (1.6, Cancel(99), []),  # nor does one that never was
+            *full_batch(3),
+            (0.2, ask(4), []),
+            (0.7, ask(5), []),
+            (0.8, Cancel(4), []),
+            (1.2, Wake(), []),  # the oldest is now 5
+            (1.7, Wake(), ["mood-0 #3: 5"]),
+            (1.8, Cancel(4), []),  # a second time does nothing
+            (1.8, Cancel(99), []),  # nor does one that never was
         ],
     ),
     "cancelled mid-step": (
@@ -216,11 +245,11 @@ TABLES: dict[str, tuple[dict[str, float], int, Table]] = {
             (0.1, ask(3), []),
             (0.2, ReplicaDown("mood-0"), []),  # 1 and 3 wait for the other
             (0.3, done("mood-0", 1), []),  # stale: the step of a replica that is gone
-            (0.4, done("mood-1", 2), ["complete 2", "mood-1 #3: 1 3"]),
+            (0.4, done("mood-1", 2), ["complete 2", "mood-1 #3: 1"]),  # alone: mood-0 may have died of it
             (0.5, ask(4), []),
-            (0.6, ReplicaUp("mood-0"), ["mood-0 #4: 4"]),  # back, and there is work
+            (0.6, ReplicaUp("mood-0"), ["mood-0 #4: 3 4"]),  # back, and there is work
             (0.7, done("mood-0", 1), []),  # stale still, although a step runs
-            (0.8, done("mood-0", 4), ["complete 4"]),
+            (0.8, done("mood-0", 4), ["complete 3", "complete 4"]),
         ],
     ),
     "the last replica is gone": (
@@ -255,14 +284,15 @@ def test_replicas_start_down() -> None:
 
 def test_the_timer_is_the_oldest_s_deadline_while_a_replica_is_idle() -> None:
     core = started(deployment(mood=1, moods={"max_batch_size": 2, "max_queue_delay": 0.5}))
+    follow(core, full_batch(2))
     # (now_s, event, the timer afterwards)
     for now_s, event, timer_s in [
-        (1.0, ask(1), 1.5),
-        (1.2, Cancel(1), None),  # nobody waits
-        (2.0, ask(2), 2.5),
-        (2.1, ask(3), None),  # full: runs
-        (2.2, ask(4), None),  # busy: the step's end will look
-        (2.3, done("mood-0", 1), 2.7),  # idle again, and 4 may wait until 2.7
+        (0.2, ask(3), 0.7),
+        (0.3, Cancel(3), None),  # nobody waits
+        (0.4, ask(4), 0.9),
+        (0.5, ask(5), None),  # full: runs
+        (0.6, ask(6), None),  # busy: the step's end will look
+        (0.7, done("mood-0", 3), 1.1),  # idle again, and 6 may wait until 1.1
     ]:
         core.handle(event, now_s=now_s)
         timer = core.next_timer_s()
@@ -270,22 +300,23 @@ def test_the_timer_is_the_oldest_s_deadline_while_a_replica_is_idle() -> None:
 
 
 def test_a_batch_is_padded_to_its_longest_prompt() -> None:
-    core = started(deployment(mood=1, moods={"max_batch_size": 3, "max_queue_delay": 1.0}))
-    for request_id, tokens in ((1, 10), (2, 30)):
+    core = started(deployment(mood=1, moods={"max_batch_size": 3}))
+    for request_id, tokens in ((1, 5), (2, 10), (3, 30), (4, 20)):
         core.handle(ask(request_id, tokens), now_s=0.0)
-    (step,) = core.handle(ask(3, 20), now_s=0.0)
+    _, step = core.handle(done("mood-0", 1), now_s=0.1)
     assert isinstance(step, RunStep)
     assert step.load == StepLoad(prefill_tokens=90, attended_pairs=2700, decodes=0, context_tokens=0, samples=3)
-    assert (step.waiting, step.answered()) == (0, (1, 2, 3))
+    assert (step.waiting, step.answered()) == (0, (2, 3, 4))
 
 
 def test_time_never_runs_backwards() -> None:
     """An event with an older time is taken as happening now, so no deadline moves."""
     core = started(deployment(mood=1, moods={"max_batch_size": 9, "max_queue_delay": 1.0}))
-    core.handle(ask(1), now_s=5.0)
-    core.handle(Cancel(1), now_s=5.0)
-    core.handle(ask(2), now_s=4.0)
-    assert core.next_timer_s() == 6.0
+    follow(core, full_batch(3))
+    core.handle(ask(5), now_s=0.5)
+    core.handle(Cancel(5), now_s=0.5)
+    core.handle(ask(6), now_s=0.2)
+    assert core.next_timer_s() == 1.5
 
 
 def test_counts_for_metrics() -> None:

@@ -250,7 +250,9 @@ def test_a_server_that_tells_nothing_has_no_queue() -> None:
 
 
 def test_steps_and_telemetry() -> None:
-    steps = [(i, "chat", "chat-0", "gpu0/whole@0", i, i + 0.5, 2 * i, 10, 0, 0, 0, 1, 0, False) for i in range(1, 9)]
+    steps = [
+        (i, "chat", "chat-0", "gpu0/whole@0", i, i + 0.5, 2 * i, 10, 0, 0, 0, 1, 0, False, None) for i in range(1, 9)
+    ]
     readings = [
         Sample(float(t), "emulated", "gpu0", None, 0.5, 1e9 * t, 8e10, 100.0 + t, 100.0 * t) for t in range(11)
     ] + [Sample(5.0, "emulated", "gpu0", "gpu0/whole@0", 0.9, 1.0, 1.0)]  # a slice is not a card
@@ -291,7 +293,7 @@ def test_a_replica_that_never_ran_was_there_all_the_same() -> None:
         asked,
         deployment=msgspec.structs.replace(asked.deployment, count=2, replicas=[ReplicaSpec(model="chat", count=2)]),
     )
-    steps = [(1, "chat", "chat-0", "gpu0/whole@0", 0.0, 5.0, 1, 10, 0, 0, 0, 1, 0, False)]
+    steps = [(1, "chat", "chat-0", "gpu0/whole@0", 0.0, 5.0, 1, 10, 0, 0, 0, 1, 0, False, None)]
     figures = summarize(run_of([], two, server=server_rows([], steps)))
     assert figures["models"]["chat"]["busy"] == pytest.approx(0.25)
 

@@ -13,7 +13,7 @@ from gpuplan.scenario import deployment
 from gpuplan.scenario.build import build
 from gpuplan.scenario.demand import Scenario
 from gpuplan.scenario.deployment import Deployment
-from gpuplan.serve.engines import Output, Prompt
+from gpuplan.serve.engines import EngineLost, Output, Prompt
 
 SCENARIO = {
     "name": "fake",
@@ -36,6 +36,7 @@ class FakeEngine:
 
     description = "fake"
     provenance: Provenance = "emulated"
+    late_s: float | None = None
 
     def __init__(self) -> None:
         self.gate = asyncio.Event()
@@ -45,16 +46,39 @@ class FakeEngine:
         self.steps: list[RunStep] = []
         self.released: list[int] = []
         self.closed = False
+        self.loads = 0
+        self.load_failure: Exception | None = None
+        self.lost: asyncio.Future[str] | None = None
 
     def tokenize(self, text: str) -> Sequence[int]:
         return bytes(len(text.split()))
 
     async def load(self) -> None:
-        pass
+        await asyncio.sleep(0)
+        if self.load_failure is not None:
+            raise self.load_failure
+        self.loads += 1
+        self.lost = asyncio.get_running_loop().create_future()
+
+    def lose(self, why: str = "killed") -> None:
+        """The engine is gone, and so is the step that it runs."""
+        assert self.lost is not None
+        self.lost.set_result(why)
+
+    async def gone(self) -> str:
+        assert self.lost is not None
+        return await asyncio.shield(self.lost)
 
     async def run(self, step: RunStep, prompts: Mapping[int, Prompt], *, asked_s: float) -> Mapping[int, Output]:
         self.steps.append(step)
-        await self.gate.wait()
+        assert self.lost is not None
+        opened = asyncio.ensure_future(self.gate.wait())
+        await asyncio.wait((opened, self.lost), return_when=asyncio.FIRST_COMPLETED)
+        opened.cancel()
+        if any(prompt.text == "deadly" for prompt in prompts.values()) and not self.lost.done():
+            self.lose()
+        if self.lost.done():
+            raise EngineLost("killed")
         await asyncio.sleep(0)
         if any(prompt.text == "poison" for prompt in prompts.values()):
             raise RuntimeError("a kernel has crashed")

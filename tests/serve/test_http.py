@@ -169,7 +169,7 @@ def test_a_server_out_of_gpu_memory_says_so_and_lives(monkeypatch: pytest.Monkey
             raise OutOfMemory
 
         with monkeypatch.context() as patched:
-            for engine in service.engines.values():
+            for engine in service.server.fleet.engines.values():
                 patched.setattr(engine, "run", no_room)
             once = await client.post("/v1/classify", json={"model": "sentiment", "input": "good"})
             assert once.status_code == 503

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from gpuplan.errors import GpuplanError
+from gpuplan.hardware import catalog, mig
 from gpuplan.hardware.roofline import StepLoad
 from gpuplan.policy.vocabulary import Prefill, RunStep
 from gpuplan.scenario import deployment
@@ -21,7 +22,8 @@ from gpuplan.serve.engines import Engine, Prompt
 from gpuplan.serve.engines.session import CUDA_PROVIDER, EngineSpec
 from gpuplan.serve.engines.single_step import SingleStepEngine
 from gpuplan.serve.models import engine_for
-from gpuplan.telemetry.nvml import discover
+from gpuplan.serve.worker import WorkerProcess
+from gpuplan.telemetry.nvml import Card, Instance, discover
 
 WORDS = {"[UNK]": 0, "good": 1, "bad": 2, "nothing": 3}
 
@@ -52,7 +54,7 @@ def model_folder(folder: Path, scores: list[list[float]]) -> Path:
 def engine(file: Path, gpu: str = "cpu", **options: bool) -> Engine:
     data = {"name": "m", "models": {"m": {"onnx": str(file)}}, "deployment": {"gpu": gpu}}
     supply = deployment.resolve(build(data, Scenario))
-    return engine_for(supply.replicas[0], supply, card_present=False, **options)
+    return engine_for(supply.replicas[0], supply, **options)
 
 
 def answers(engine: Engine, *texts: str) -> list[tuple[str, str | None]]:
@@ -107,17 +109,49 @@ def test_cuda_asked_for_and_not_there_does_not_run_on_the_cpu(tmp_path: Path) ->
     file = model_folder(tmp_path, [[0, 0], [0, 1], [1, 0], [0, 0]])
     wants_cuda = SingleStepEngine(EngineSpec(source=str(file), role="classifier", provider=CUDA_PROVIDER))
     with pytest.raises(GpuplanError, match="CUDAExecutionProvider"):
-        asyncio.run(wants_cuda.load())
+        wants_cuda.load()
 
 
-def test_a_slice_of_a_present_card_is_never_passed_off_as_the_whole(tmp_path: Path) -> None:
-    """CUDA would run on all of it: a built-in is emulated at the slice's speed, an ONNX file is refused."""
+def card(*instances: Instance, mig_enabled: bool = True) -> Card:
+    return Card(0, "NVIDIA A100-SXM4-80GB", "GPU-1", 80 << 30, mig_enabled, "a100-80gb", instances=instances)
+
+
+def instance(name: str, start: int | None, uuid: str | None) -> Instance:
+    part = mig.profile(catalog.gpu("a100-80gb"), name)
+    return Instance(part, start, part.width, 1, uuid)
+
+
+CUT = {"gpu": "a100-80gb", "mig": ["3g.40gb", "1g.10gb", "1g.10gb"]}
+
+
+@pytest.mark.parametrize(
+    ("cards", "slice_name", "devices"),
+    [
+        ([], "1g.10gb", [None, None]),  # emulated
+        ([card(mig_enabled=False)], "1g.10gb", [None, None]),  # the whole card is never passed off as a slice
+        ([card(instance("3g.40gb", 0, "MIG-a"))], "1g.10gb", [None, None]),  # the card is not cut like that
+        ([card(instance("1g.10gb", 2, "MIG-a"), instance("1g.10gb", 3, "MIG-b"))], "1g.10gb", ["MIG-b", "MIG-a"]),
+        ([card(instance("1g.10gb", None, "MIG-c"), instance("1g.10gb", None, "MIG-d"))], "1g.10gb", ["MIG-c", "MIG-d"]),
+        ([card(instance("1g.10gb", 3, None), instance("1g.10gb", 2, "MIG-b"))], "1g.10gb", [None, "MIG-b"]),  # no CI
+        ([card(mig_enabled=False)], "whole", ["GPU-1"]),
+        ([card()], "whole", [None]),  # MIG is on: nothing runs on the uncut card
+    ],
+)
+def test_every_replica_sees_its_own_slice(cards: list[Card], slice_name: str, devices: list[str | None]) -> None:
+    cut = {**CUT, "replicas": [{"model": "m", "slice": slice_name, "count": len(devices)}]}
+    if slice_name == "whole":
+        cut["mig"] = []
+    supply = deployment.resolve(
+        build({"name": "m", "models": {"m": {"builtin": "sentiment"}}, "deployment": cut}, Scenario)
+    )
+    engines = [engine_for(replica, supply, cards=cards) for replica in supply.replicas]
+    assert [e.spec.device if isinstance(e, WorkerProcess) else None for e in engines] == devices
+    assert [e.provenance for e in engines] == ["hardware" if device else "emulated" for device in devices]
+
+
+def test_a_file_for_a_slice_that_is_not_cut_is_refused(tmp_path: Path) -> None:
+    source = {"onnx": str(model_folder(tmp_path, [[0.0, 0.0]] * len(WORDS)))}
     cut = {"gpu": "a100-80gb", "mig": ["3g.40gb"]}
-    model = model_folder(tmp_path, [[0.0, 0.0]] * len(WORDS))
-    for source in ({"builtin": "sentiment"}, {"onnx": str(model)}):
-        supply = deployment.resolve(build({"name": "m", "models": {"m": source}, "deployment": cut}, Scenario))
-        if "onnx" in source:
-            with pytest.raises(GpuplanError, match="single MIG slices"):
-                engine_for(supply.replicas[0], supply, card_present=True)
-        else:
-            assert engine_for(supply.replicas[0], supply, card_present=True).provenance == "emulated"
+    supply = deployment.resolve(build({"name": "m", "models": {"m": source}, "deployment": cut}, Scenario))
+    with pytest.raises(GpuplanError, match=r"no 3g\.40gb is cut here"):
+        engine_for(supply.replicas[0], supply, cards=[card(mig_enabled=False)])

@@ -1,5 +1,8 @@
 """Engines: what runs a step. One Protocol; `models.engine_for` chooses.
 
+An `Engine` is what the server's event loop talks to. A `Runner` computes, blocking, in a thread or a process of its
+own; `worker` makes engines of runners.
+
 An engine is loaded once, runs one step at a time, and answers every request that `step.answered()` names. A step that
 raises fails as a whole and leaves the engine as it was before (plan, run, commit); an output with `error` fails alone.
 """
@@ -44,6 +47,10 @@ class OutOfMemory(Exception):
     """A step needs more memory than its slice has."""
 
 
+class EngineLost(Exception):
+    """The engine is gone with all that ran on it: see `Engine.gone`."""
+
+
 class TokenLogprob(Struct, frozen=True, array_like=True):
     """A generated token as text, its natural-log probability, its bytes, and the likeliest alternatives as (text,
     log-probability, bytes), likeliest first."""
@@ -70,10 +77,12 @@ class Output(Struct, frozen=True, array_like=True):
 
 
 class Engine(Protocol):
-    """`description` and `provenance` say what really runs, for logs and reports."""
+    """`description` and `provenance` say what really runs, for logs and reports. `late_s` is how much later than the
+    card it emulates would have its last step ended; None for an engine whose time is its own."""
 
     description: str
     provenance: Provenance
+    late_s: float | None
 
     def tokenize(self, text: str) -> Sequence[int]:
         """Token ids of a text."""
@@ -85,11 +94,15 @@ class Engine(Protocol):
 
     async def run(self, step: RunStep, prompts: Mapping[int, Prompt], *, asked_s: float) -> Mapping[int, Output]:
         """Runs one step and answers the requests of `step.answered()`. `prompts` holds those of `step.prefills`.
-        `asked_s` is when the core decided on it, on the monotonic clock. Raises OutOfMemory, or anything."""
+        `asked_s` is when the core decided on it, on the monotonic clock. Raises OutOfMemory, EngineLost, anything."""
         ...
 
     def release(self, request_ids: Iterable[int]) -> None:
         """These requests are over: what is kept for them (a KV cache) may go. Those not known are passed over."""
+        ...
+
+    async def gone(self) -> str:
+        """Returns when the engine is lost, with the reason; never for one that cannot be. `load` brings it back."""
         ...
 
     def notes(self) -> list[str]:
@@ -97,5 +110,31 @@ class Engine(Protocol):
         ...
 
     async def close(self) -> None:
+        """Frees what was loaded."""
+        ...
+
+
+class Runner(Protocol):
+    """Loads a model and runs its steps, one call at a time. `description` is final once it is loaded."""
+
+    description: str
+
+    def load(self) -> None:
+        """As `Engine.load`."""
+        ...
+
+    def run(self, step: RunStep, prompts: Mapping[int, Prompt]) -> Mapping[int, Output]:
+        """As `Engine.run`."""
+        ...
+
+    def release(self, request_ids: Iterable[int]) -> None:
+        """As `Engine.release`, between two steps."""
+        ...
+
+    def notes(self) -> list[str]:
+        """As `Engine.notes`, once it is loaded."""
+        ...
+
+    def close(self) -> None:
         """Frees what was loaded."""
         ...

@@ -45,6 +45,7 @@ class EmulatedEngine:
         self._ended_s = 0.0
         self._steps = 0
         self._late_steps = 0
+        self.late_s: float | None = None
         self.description = f"emulated {shape.name} on {card.name} {part.name}"
 
     def tokenize(self, text: str) -> Sequence[int]:
@@ -66,13 +67,20 @@ class EmulatedEngine:
         while (left_s := self._planned_end_s - time.monotonic()) > 0:
             await asyncio.sleep(left_s)
         self._ended_s = time.monotonic()
+        self.late_s = self._ended_s - self._planned_end_s
         self._steps += 1
-        self._late_steps += self._ended_s - self._planned_end_s > LATE_S
+        self._late_steps += self.late_s > LATE_S
         return outputs
 
     def release(self, request_ids: Iterable[int]) -> None:
         if self._answers:
             self._answers.release(request_ids)
+
+    async def gone(self) -> str:
+        if self._answers:
+            return await self._answers.gone()
+        await asyncio.Event().wait()  # nothing here can be lost
+        raise AssertionError("unreachable")
 
     def notes(self) -> list[str]:
         notes = [f"emulated steps: {self._band.of_steps}"]
