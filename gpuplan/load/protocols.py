@@ -48,7 +48,7 @@ class Api(NamedTuple):
 def api_for(name: str | None, role: Role) -> Api:
     """The API of that name, or the model's natural one. Raises InputError for an unknown name."""
     if name is None:
-        name = "openai-completions" if role == "decoder" else "classify"
+        name = _NATURAL[role]
     if name not in APIS:
         raise unknown_name("API", name, APIS, key="--api")
     return APIS[name]
@@ -145,6 +145,12 @@ def _read_json(exchange: Exchange) -> Heard:
     return Heard((), None)
 
 
+def _read_embeddings(exchange: Exchange) -> Heard:
+    """One JSON object with at least one embedding in it."""
+    answer = msgspec.json.decode(b"".join(piece for _, piece in exchange.pieces), type=dict)
+    return Heard((), None, None if answer["data"][0]["embedding"] is not None else "an answer without an embedding")
+
+
 def _events(pieces: Iterable[tuple[float, bytes]]) -> Iterable[tuple[float, bytes]]:
     """The data of each server-sent event, with the time at which its last byte came."""
     rest = b""
@@ -187,8 +193,14 @@ def _classify(model: str, prompt: str, tokens: int) -> dict[str, Any]:
     return {"model": model, "input": prompt}
 
 
+def _embeddings(model: str, prompt: str, tokens: int) -> dict[str, Any]:
+    return {"model": model, "input": prompt, "encoding_format": "base64"}  # as OpenAI's own client asks
+
+
 APIS: dict[str, Api] = {
     "openai-completions": Api("/v1/completions", _completion, _read_stream),
     "openai-chat": Api("/v1/chat/completions", _chat, _read_stream),
     "classify": Api("/v1/classify", _classify, _read_json),
+    "embeddings": Api("/v1/embeddings", _embeddings, _read_embeddings),
 }
+_NATURAL: dict[Role, str] = {"decoder": "openai-completions", "classifier": "classify", "embedder": "embeddings"}

@@ -23,6 +23,7 @@ from gpuplan.record.run import Provenance, TelemetrySource
 from gpuplan.scenario.deployment import Deployment
 from gpuplan.serve import models
 from gpuplan.serve.http.app import App
+from gpuplan.serve.http.protocol import BoundedProtocol
 from gpuplan.serve.lag import LoopLag
 from gpuplan.serve.metrics import Metrics
 from gpuplan.serve.server import Observer, Server
@@ -138,10 +139,10 @@ class _Listener(uvicorn.Server):
     def __init__(self, server: Server, app: Any, drain_s: float) -> None:
         super().__init__(
             uvicorn.Config(
-                app, http="httptools", ws="none", proxy_headers=False,
+                app, http=BoundedProtocol, ws="none", proxy_headers=False,
                 log_level="warning", access_log=False, lifespan="off", server_header=False, timeout_keep_alive=75,
                 timeout_graceful_shutdown=SHUTDOWN_S,
-                h11_max_incomplete_event_size=64 << 10, backlog=2048,
+                backlog=2048,
             )
         )  # fmt: skip
         self._server, self._drain_s = server, drain_s

@@ -125,3 +125,33 @@ def test_requests_are_the_same_for_the_same_seed_and_ask_for_the_exact_length() 
 def test_an_unknown_api_names_the_known() -> None:
     with pytest.raises(InputError, match="openai-chat"):
         protocols.api_for("openai-chta", "decoder")
+
+
+def test_every_role_has_its_natural_api() -> None:
+    assert protocols.api_for(None, "decoder") is COMPLETIONS
+    assert protocols.api_for(None, "classifier") is protocols.APIS["classify"]
+    assert protocols.api_for(None, "embedder") is protocols.APIS["embeddings"]
+
+
+EMBEDDED = [
+    (b'{"data": [{"embedding": "AACAPw=="}]}', "completed", None),
+    (b'{"data": [{"embedding": []}]}', "completed", None),
+    (b'{"data": [{"embedding": null}]}', "error", "an answer without an embedding"),
+    (b'{"data": []}', "error", "unreadable answer: IndexError"),
+    (b'["data"]', "error", "unreadable answer: ValidationError"),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "message"), EMBEDDED)
+def test_an_embedding_is_one_object_with_a_vector(body: bytes, status: str, message: str | None) -> None:
+    async def make() -> Exchange:
+        exchange = Exchange()
+        exchange.sent_s, exchange.status, exchange.pieces = 101.0, 200, [(101.2, body)]
+        exchange.end(101.2)
+        return exchange
+
+    asked = ScheduledRequest(3, 1.0, "vectors", "embedder", 6, 0)
+    api = protocols.APIS["embeddings"]
+    answer = protocols.read_answer(api, asked, asyncio.run(make()), start_s=100.0, warmup_s=0.0)
+    assert (answer.status, answer.message) == (status, message)
+    assert answer.done_s == pytest.approx(1.2)

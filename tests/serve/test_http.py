@@ -17,6 +17,7 @@ from gpuplan.scenario import deployment
 from gpuplan.scenario.build import build
 from gpuplan.scenario.demand import Scenario
 from gpuplan.serve.engines import OutOfMemory
+from gpuplan.serve.http import exchange, protocol
 from gpuplan.serve.http.exchange import BODY_BYTES_MAX
 from gpuplan.serve.service import Service, ServiceOptions, serving
 
@@ -131,6 +132,16 @@ BAD_BODIES = [
     ("/v1/classify", b'{"model": "sentiment", "input": []}', 400, "not empty"),
     ("/v1/classify", b'{"model": "sentiment", "input": "!!!"}', 400, "no words"),
     ("/v1/classify", json.dumps({"model": "sentiment", "input": "word " * 3000}).encode(), 400, "too long"),
+    ("/v1/classify", b'{"model": "sentiment", "input": ["a", 1]}', 400, "one kind"),
+    ("/v1/classify", b'{"model": "sentiment", "input": [1, true]}', 400, "input"),
+    ("/v1/classify", b'{"model": "sentiment", "input": [1, -1]}', 400, "input"),
+    ("/v1/classify", b'{"model": "sentiment", "input": [1, 2147483648]}', 400, "input"),
+    ("/v1/classify", b'{"model": "sentiment", "input": [[1], []]}', 400, "no words"),
+    ("/v1/classify", json.dumps({"model": "sentiment", "input": [1] * 3000}).encode(), 400, "too long"),
+    ("/v1/classify", json.dumps({"model": "sentiment", "input": ["a"] * 257}).encode(), 400, "256"),
+    ("/v1/completions", b'{"model": "sentiment", "prompt": [[1], [2]]}', 400, "one prompt"),
+    ("/v1/embeddings", b'{"model": "sentiment", "input": "x"}', 400, "not an embedder"),
+    ("/v1/embeddings", b'{"model": "nobody", "input": "x"}', 404, "no such model"),
     ("/v1/classify", b" " * (BODY_BYTES_MAX + 1), 413, "larger"),
 ]
 
@@ -143,7 +154,9 @@ def test_bad_bodies_get_a_clear_error_and_the_server_lives() -> None:
             error = answer.json()["error"]
             assert said in error["message"], (body[:60], error)
             assert set(error) == {"message", "type", "param", "code"}
-        assert (await client.get("/v1/classify")).status_code == 405
+        wrong = await client.get("/v1/classify")
+        assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
+        assert (await client.head("/v1/models")).status_code == 200
         assert (await client.get("/nowhere")).status_code == 404
         assert (await client.get("/health/ready")).status_code == 200
 
@@ -252,3 +265,59 @@ def test_the_server_keeps_a_record_of_what_it_did() -> None:
         assert rows.telemetry["gpu_utilization"].max() > 0
 
     run(EMULATED, scene)
+
+
+async def raw(service: Service, *pieces: bytes) -> bytes:
+    """What the server says to bytes sent one after the other, until it closes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(service.url.rpartition(":")[2]))
+    for piece in pieces:
+        writer.write(piece)
+        await asyncio.sleep(0.05)
+    try:
+        return await asyncio.wait_for(reader.read(), 2)
+    finally:
+        writer.close()
+
+
+HEAD = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 42\r\n\r\n"
+BODY = b'{"model": "sentiment", "input": "so good"}'
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(client: httpx.AsyncClient, service: Service) -> None:
+        said = await raw(service, HEAD, BODY[:9])
+        assert said.startswith(b"HTTP/1.1 408 ")
+        assert b"\r\nconnection: close\r\n" in said
+
+    monkeypatch.setattr(exchange, "HANG_UP_S", 0.01)
+    monkeypatch.setattr(exchange, "BODY_S_MAX", 0.2)
+    run(CPU, scene)
+
+
+def test_a_body_in_pieces_is_read_and_one_that_breaks_off_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(client: httpx.AsyncClient, service: Service) -> None:
+        closing = HEAD.replace(b"Host: x", b"Host: x\r\nConnection: close")
+        said = await raw(service, closing, BODY[:9], BODY[9:20], BODY[20:])
+        assert said.startswith(b"HTTP/1.1 200 ") and b"positive" in said
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(service.url.rpartition(":")[2]))
+        writer.write(HEAD + BODY[:9])
+        await asyncio.sleep(0.05)
+        writer.close()
+        assert await asyncio.wait_for(reader.read(), 2) == b""
+        assert (await client.get("/health/ready")).status_code == 200
+
+    monkeypatch.setattr(exchange, "HANG_UP_S", 0.02)
+    run(CPU, scene)
+
+
+def test_a_head_without_end_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(client: httpx.AsyncClient, service: Service) -> None:
+        begun = b"GET /health/live HTTP/1.1\r\nHost: x\r\nX-Long: "
+        assert (await raw(service, begun, b"a" * 40_000, b"a" * 40_000)).startswith(b"HTTP/1.1 431 ")
+        assert await raw(service, begun) == b"", "closed without a word"
+        assert await raw(service) == b"", "and so is one that says nothing"
+        whole = await raw(service, begun, b"b\r\nConnection: close\r\n\r\n")
+        assert whole.startswith(b"HTTP/1.1 200 "), "in pieces, but in time"
+
+    monkeypatch.setattr(protocol, "HEAD_S_MAX", 0.3)
+    run(CPU, scene)
