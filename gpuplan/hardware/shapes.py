@@ -81,6 +81,7 @@ SHAPES: dict[str, ModelShape] = {
         # The built-in classifier is a pooled embedding and a two-layer perceptron; on an emulated card it is timed
         # as the one-layer encoder below, which costs more: a bound, not an estimate.
         ModelShape("sentiment", "classifier", 1, 256, 4, 4, 1024, False, 4096, 2048),
+        ModelShape("embed", "embedder", 3, 256, 4, 4, 1024, False, 8192, 512, bytes_per_element=4),
     )
 }
 

@@ -48,7 +48,7 @@ class Api(NamedTuple):
 def api_for(name: str | None, role: Role) -> Api:
     """The API of that name, or the model's natural one. Raises InputError for an unknown name."""
     if name is None:
-        name = "openai-completions" if role == "decoder" else "classify"
+        name = _NATURAL[role]
     if name not in APIS:
         raise unknown_name("API", name, APIS, key="--api")
     return APIS[name]
@@ -187,8 +187,15 @@ def _classify(model: str, prompt: str, tokens: int) -> dict[str, Any]:
     return {"model": model, "input": prompt}
 
 
+def _embeddings(model: str, prompt: str, tokens: int) -> dict[str, Any]:
+    return {"model": model, "input": prompt, "encoding_format": "base64"}
+
+
+_NATURAL: dict[Role, str] = {"decoder": "openai-completions", "classifier": "classify", "embedder": "embeddings"}
+
 APIS: dict[str, Api] = {
     "openai-completions": Api("/v1/completions", _completion, _read_stream),
     "openai-chat": Api("/v1/chat/completions", _chat, _read_stream),
     "classify": Api("/v1/classify", _classify, _read_json),
+    "embeddings": Api("/v1/embeddings", _embeddings, _read_json),
 }
