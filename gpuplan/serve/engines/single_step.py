@@ -107,6 +107,7 @@ class _Loaded:
         )
         self._labels: tuple[str, ...] = ()
         self._bound: dict[tuple[int, int], _Bound] = {}
+        self._device = "cpu" if self._on_cpu else "cuda"
 
     def answers(self, batch: Sequence[Row]) -> dict[int, Output]:
         """An answer for every request of the batch. Raises RunError, OutOfMemory or what ONNX Runtime does."""
@@ -179,7 +180,7 @@ class _Loaded:
         rows, tokens = self._shape(count, longest)
         arrays, real = self._inputs.write(sequences, rows=rows, tokens=tokens)
         with memory_watched():
-            values = self._run_on_cpu(arrays) if self._on_cpu else self._run_on_cuda(arrays, rows, tokens)
+            values = self._run_in_place(arrays) if self._on_cpu else self._run_bound(arrays, rows, tokens)
         if values.ndim != (3 if self._graph.pooled else 2) or len(values) != rows:
             raise RunError(f"{rows} rows went into the model, and its {self._graph.output} is {list(values.shape)}")
         values = values[:count].astype("float32", copy=False)
@@ -195,7 +196,7 @@ class _Loaded:
             return rows, max(longest, 1)
         return rows, next(size for size in self._buckets if size >= longest)
 
-    def _run_on_cpu(self, arrays: Mapping[str, Any]) -> Any:
+    def _run_in_place(self, arrays: Mapping[str, Any]) -> Any:
         """The session reads the arrays where they are."""
         from onnxruntime import OrtValue
 
@@ -203,10 +204,12 @@ class _Loaded:
         (output,) = self._session.run_with_ort_values([self._graph.output], fed)
         return output.numpy()
 
-    def _run_on_cuda(self, arrays: Mapping[str, Any], rows: int, tokens: int) -> Any:
+    def _run_bound(self, arrays: Mapping[str, Any], rows: int, tokens: int) -> Any:
         bound = self._bound.get((rows, tokens))
         if bound is None:
-            bound = self._bound[rows, tokens] = _Bound(self._session, self._graph, arrays)
+            bound = _Bound(self._session, self._graph, arrays, self._device)
+            if tokens in self._buckets:  # a graph without a mask has a shape for every length: too many to keep
+                self._bound[rows, tokens] = bound
         return bound.run(arrays)
 
     def _named(self, width: int) -> tuple[str, ...]:
@@ -222,15 +225,15 @@ class _Loaded:
 class _Bound:
     """One shape on the device: inputs that are overwritten there, and an output that stays bound."""
 
-    def __init__(self, session: Any, contract: Graph, arrays: Mapping[str, Any]) -> None:
+    def __init__(self, session: Any, contract: Graph, arrays: Mapping[str, Any], device: str) -> None:
         from onnxruntime import OrtValue
 
         self._session = session
         self._binding = session.io_binding()
-        self._inputs = {name: OrtValue.ortvalue_from_numpy(array, "cuda", 0) for name, array in arrays.items()}
+        self._inputs = {name: OrtValue.ortvalue_from_numpy(array, device, 0) for name, array in arrays.items()}
         for name, value in self._inputs.items():
             self._binding.bind_ortvalue_input(name, value)
-        self._binding.bind_output(contract.output, "cuda", 0)
+        self._binding.bind_output(contract.output, device, 0)
 
     def run(self, arrays: Mapping[str, Any]) -> Any:
         for name, array in arrays.items():
@@ -275,8 +278,10 @@ def _pooled(hidden: Any, real: Any) -> Any:
     import numpy as np
 
     weights = real.astype(np.float32)
-    means = np.matmul(weights[:, None, :], hidden)[:, 0, :] / np.maximum(weights.sum(axis=1, keepdims=True), 1.0)
-    return means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
+    with np.errstate(all="ignore"):  # rows that are not finite are told apart later
+        sums = np.matmul(weights[:, None, :], hidden)[:, 0, :]
+        means = sums / np.maximum(weights.sum(axis=1, keepdims=True), 1.0)
+        return means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
 
 
 def _without_nan(answers: list[Output], values: Any) -> list[Output]:
