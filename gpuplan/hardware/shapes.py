@@ -85,6 +85,7 @@ SHAPES: dict[str, ModelShape] = {
         ModelShape(
             "tiny-chat", "decoder", 4, 640, 10, 2, 1280, True, 260, 2048, bytes_per_element=4, kv_bytes_per_element=4
         ),
+        ModelShape("embed", "embedder", 3, 256, 4, 4, 1024, False, 8192, 512, bytes_per_element=4),
     )
 }
 

@@ -42,7 +42,7 @@ def _settle(trials: Trials, deployment: Deployment, model: str) -> tuple[Batchin
     larger = [size for size in SIZES if seen_max >= configured.max_batch_size < size]
     smaller = [size for size in SIZES if size < min(seen_max, configured.max_batch_size)]
     changes: list[dict[str, Any]] = [{"max_batch_size": size} for size in (*reversed(smaller), *larger)]
-    if deployment.replicas_of(model)[0].role == "classifier":
+    if deployment.replicas_of(model)[0].role != "decoder":
         changes += [{"max_queue_delay": delay_s} for delay_s in DELAYS_S]
     for change in changes:
         changed = msgspec.structs.replace(rule, **change)

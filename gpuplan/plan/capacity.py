@@ -40,7 +40,7 @@ def requests_per_s_max(replica: Replica, timer: Timer, demand: ModelDemand, batc
     """The most that one replica could serve of this demand."""
     prompt, output = max(round(demand.prompt_tokens), 1), max(demand.output_tokens, 1.0)
     sizes = [1 << i for i in range(13) if 1 << i < batching.max_batch_size] + [batching.max_batch_size]
-    if replica.role == "classifier":
+    if replica.role != "decoder":
         return max(size / timer(StepLoad(size * prompt, size * prompt * prompt, 0, 0, size)) for size in sizes)
     if replica.kv_tokens_max is not None:
         fitting = int(replica.kv_tokens_max / (prompt + output))

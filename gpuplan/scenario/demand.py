@@ -19,6 +19,10 @@ Rate = Annotated[float, Meta(gt=0.0, le=1e6)]
 Count = Annotated[int, Meta(ge=1, le=10_000_000)]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 
+Role = Literal["decoder", "classifier", "embedder"]
+"""What a request gets back: a stream of tokens, a label, or a vector."""
+Task = Literal["classify", "embed", "generate"]
+
 
 class Section(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A mapping in the file whose unknown keys are errors."""
@@ -112,7 +116,7 @@ class ShapeSpec(Section, frozen=True):
     ffn: Count
     vocabulary: Count
     context_tokens_max: Count
-    role: Literal["decoder", "classifier", "embedder"] = "decoder"
+    role: Role = "decoder"
     kv_heads: Count | None = None
     gated_ffn: bool = True
     head_size: Count | None = None
@@ -124,12 +128,19 @@ class ShapeSpec(Section, frozen=True):
 
 class ModelSource(Section, frozen=True):
     """Exactly one of: `builtin` (a model the package makes itself), `onnx` (a file), `emulate` (a known shape's name),
-    `shape` (one's own, or the path of a Hugging Face `config.json`, which `files.load` replaces by what it says)."""
+    `shape` (one's own, or the path of a Hugging Face `config.json`, which `files.load` replaces by what it says).
 
-    builtin: Literal["sentiment", "tiny-chat"] | None = None
+    The other keys belong to `onnx`. `files.load` fills those left out from what stands beside the file: what a request
+    gets back, the window in tokens (prompt and output together), and the transformer by its numbers.
+    """
+
+    builtin: Literal["sentiment", "embed", "tiny-chat"] | None = None
     onnx: str | None = None
     emulate: str | None = None
     shape: ShapeSpec | str | None = None
+    task: Task | None = None
+    context_tokens_max: Count | None = None
+    onnx_shape: ShapeSpec | None = None
 
     @property
     def emulated(self) -> bool:
@@ -157,6 +168,9 @@ class ReplicaSpec(Section, frozen=True):
 
     `worker` is where ONNX Runtime runs, a process for each replica or a thread of the server; `threads` how many of the
     CPU's cores each replica computes with, left out: an equal share of them.
+
+    `kv_cache_tokens` is a decoder's KV cache, of each copy; left out: what the slice's memory leaves beside the weights
+    where they are known, otherwise (and on the CPU) `max_batch_size` times the context window.
     """
 
     model: Name
@@ -165,6 +179,7 @@ class ReplicaSpec(Section, frozen=True):
     processes: Annotated[int, Meta(ge=1, le=48)] = 1
     worker: Literal["process", "thread"] = "process"
     threads: Annotated[int, Meta(ge=1, le=1024)] | None = None
+    kv_cache_tokens: Annotated[int, Meta(ge=1, le=1_000_000_000)] | None = None
 
 
 class AutoscaleSpec(Section, frozen=True):

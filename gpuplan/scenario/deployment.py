@@ -14,6 +14,7 @@ import msgspec
 
 from gpuplan.errors import InputError
 from gpuplan.hardware import catalog, mig, profiles, roofline, shapes
+from gpuplan.scenario import onnx_files
 from gpuplan.scenario.demand import (
     AutoscaleSpec,
     BatchingSpec,
@@ -23,14 +24,13 @@ from gpuplan.scenario.demand import (
     ReplicaSpec,
     Scenario,
 )
+from gpuplan.scenario.demand import Role as Role
 
 CPU = "cpu"
 VERSION_MARK = "#"
 
 SAID_ELSEWHERE = frozenset({"price_per_hour", "idle_power_w"})
 """What stands as assumed where it is used: beside the price, and with emulated power."""
-
-Role = Literal["decoder", "classifier", "embedder"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,18 +99,32 @@ def place_of(replica_id: str) -> str:
 
 
 def role(source: ModelSource) -> Role:
-    """What a request to this model gets back: a stream of tokens or one answer."""
+    """What a request to this model gets back: a stream of tokens or one answer. Of an ONNX file its task decides, of
+    every other model its shape."""
+    if source.onnx is not None:
+        return onnx_files.ROLES[source.task or "classify"]
     shape = shape_of(source)
     return shape.role if shape else "classifier"
 
 
+def window_of(source: ModelSource) -> int:
+    """The most tokens a sequence may have, prompt and output together."""
+    if source.onnx is not None:
+        return source.context_tokens_max or onnx_files.default_window(source.task or "classify")
+    shape = shape_of(source)
+    assert shape is not None, "whatever is no ONNX file has a shape"
+    return shape.context_tokens_max
+
+
 def shape_of(source: ModelSource) -> shapes.ModelShape | None:
-    """The shape by which a model is emulated and planned; None for an ONNX file, which has to be measured."""
+    """The shape by which a model is emulated and planned. Of an ONNX file it is what its `config.json` says (for its
+    memory; its speed has to be measured all the same), and None where there is none."""
     if isinstance(source.shape, str):
         raise InputError("a path is read where the scenario file is", key="models", value=source.shape)
-    if source.shape is not None:
-        sizes = msgspec.structs.asdict(source.shape)
-        return shapes.ModelShape(**{**sizes, "kv_heads": source.shape.kv_heads or source.shape.heads})
+    spec = source.onnx_shape if source.onnx is not None else source.shape
+    if spec is not None:
+        sizes = {**msgspec.structs.asdict(spec), "kv_heads": spec.kv_heads or spec.heads}
+        return shapes.ModelShape(**{**sizes, "role": role(source)} if source.onnx is not None else sizes)
     name = source.emulate or source.builtin
     return shapes.shape(name) if name else None
 
@@ -195,7 +209,7 @@ def build(spec: DeploymentSpec, models: Mapping[str, ModelSource]) -> Deployment
         price_per_hour=price,
         layouts=(layout,) * spec.count,
         slices=slices,
-        replicas=_assign(_replica_specs(spec, gpu, models), gpu, models, list(slices)),
+        replicas=_assign(_replica_specs(spec, gpu, models), gpu, models, batching, list(slices)),
         batching=batching,
         autoscale=spec.autoscale,
         models=dict(models),
@@ -247,7 +261,11 @@ def _replica_specs(
 
 
 def _assign(
-    specs: list[ReplicaSpec], gpu: catalog.Gpu | None, models: Mapping[str, ModelSource], free: list[Slice]
+    specs: list[ReplicaSpec],
+    gpu: catalog.Gpu | None,
+    models: Mapping[str, ModelSource],
+    batching: Mapping[str, BatchingSpec],
+    free: list[Slice],
 ) -> tuple[Replica, ...]:
     replicas: list[Replica] = []
     for i, spec in enumerate(specs):
@@ -263,7 +281,7 @@ def _assign(
                 have = ", ".join(sorted({p.name for p in free})) or "no slice is left"
                 raise InputError("no such slice is free in the layout", key=f"{key}.slice", value=wanted, allowed=have)
             free.remove(part)
-            kv_tokens_max = _kv_tokens(source, part, spec.processes, key)
+            kv_tokens_max = _kv_tokens(source, part, spec, batching[spec.model], key)
             for _ in range(spec.processes):
                 number = sum(1 for r in replicas if r.model == spec.model)
                 name = f"{spec.model}-{number}"
@@ -275,7 +293,7 @@ def _assign(
                         slice=part,
                         kv_tokens_max=kv_tokens_max,
                         processes=spec.processes,
-                        weights_kv_tokens=_weights_kv_tokens(source) if kv_tokens_max else 0,
+                        weights_kv_tokens=_weights_kv_tokens(source) if kv_tokens_max and part.profile else 0,
                         worker=spec.worker,
                         threads=spec.threads,
                     )
@@ -317,26 +335,42 @@ def _profile(row: MigProfileSpec, cells: int, index: int) -> mig.Profile:
     )
 
 
-def _kv_tokens(source: ModelSource, part: Slice, processes: int, key: str) -> int | None:
+def _kv_tokens(source: ModelSource, part: Slice, spec: ReplicaSpec, batching: BatchingSpec, key: str) -> int | None:
+    """The KV cache of one replica in tokens; None for a model that keeps none."""
     model = shape_of(source)
     if model and source.emulated and part.profile is None:
         raise InputError(
             f"{model.name} is emulated on a GPU, and this is a CPU", key="deployment.gpu", allowed="a card's name"
         )
-    if model is None or part.profile is None:
+    held = _kv_held(model, part.profile, spec, key) if model and part.profile else None
+    if role(source) != "decoder":
+        if spec.kv_cache_tokens is not None:
+            raise InputError(
+                f"{spec.model} keeps no KV cache",
+                key=f"{key}.kv_cache_tokens",
+                value=spec.kv_cache_tokens,
+                allowed="leave it out",
+            )
         return None
-    tokens = roofline.kv_capacity_tokens(model, part.profile, processes=processes)
+    if spec.kv_cache_tokens is not None and held is not None:
+        return min(spec.kv_cache_tokens, held)
+    return spec.kv_cache_tokens or held or batching.max_batch_size * window_of(source)
+
+
+def _kv_held(model: shapes.ModelShape, part: profiles.Profile, spec: ReplicaSpec, key: str) -> int:
+    """What the slice's memory leaves beside the weights, in tokens, for each of the processes that share it."""
+    tokens = roofline.kv_capacity_tokens(model, part, processes=spec.processes)
     if tokens < 1:
         need = (model.weights_bytes + roofline.RUNTIME_MEMORY_BYTES) / catalog.GIB
-        have = part.profile.memory_bytes / processes / catalog.GIB
-        owner = "the slice" if processes == 1 else f"each of {processes} processes"
+        have = part.memory_bytes / spec.processes / catalog.GIB
+        owner = "the slice" if spec.processes == 1 else f"each of {spec.processes} processes"
         raise InputError(
             f"{model.name} does not fit: it needs {need:.1f} GiB before any KV cache, {owner} has {have:.1f} GiB",
             key=f"{key}.slice",
             value=part.name,
             allowed="a slice with more memory",
         )
-    return tokens if role(source) == "decoder" else None
+    return tokens
 
 
 def _weights_kv_tokens(source: ModelSource) -> int:

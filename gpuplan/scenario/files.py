@@ -1,8 +1,8 @@
 """Scenario files: from YAML to a checked `Scenario`, and every error with its file, line and key.
 
 `load` reads the text (`text`), fills the structs of `demand` (`build`), and `check` holds what types cannot say. Paths
-in a file are relative to the file. A model's `config.json` is read once, here: the scenario that a run keeps holds the
-shape itself.
+in a file are relative to the file, and absolute afterwards: another process may read the result from another folder.
+A model's `config.json` is read once, here: the scenario that a run keeps holds what it said.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import msgspec
 from gpuplan.errors import InputError
 from gpuplan.hardware import catalog, mig, shapes
 from gpuplan.hardware.profiles import Profile
-from gpuplan.scenario import demand, deployment, text
+from gpuplan.scenario import demand, deployment, onnx_files, text
 from gpuplan.scenario.build import build
 from gpuplan.scenario.demand import Scenario
+from gpuplan.scenario.onnx_files import CONFIG_CHARS_MAX
 
-CONFIG_CHARS_MAX = 1 << 20
-"""A `config.json` is some kilobytes: a weight file named by mistake is not read to its end."""
+SOURCES = ("builtin", "onnx", "emulate", "shape")
+"""What a model is, of which it is exactly one."""
 
 CardsHere = Callable[[], Mapping[str, tuple[Profile, ...]]]
 """The catalogue's names of this machine's cards, and the MIG profiles that each reports."""
@@ -62,7 +63,12 @@ def to_builtins(scenario: Scenario) -> dict[str, Any]:
 def check(scenario: Scenario) -> None:
     """What the types cannot say. Raises InputError for the first rule broken."""
     for name, source in scenario.models.items():
-        _exactly_one(source, f"models.{name}")
+        _exactly_one(source, f"models.{name}", SOURCES)
+        for field in ("task", "context_tokens_max", "onnx_shape"):
+            if source.onnx is None and getattr(source, field) is not None:
+                raise InputError("belongs to an ONNX file", key=f"models.{name}.{field}", allowed="only beside onnx")
+        if source.onnx_shape is not None:
+            _check_shape(source.onnx_shape, f"models.{name}.onnx_shape")
         if source.emulate is not None:
             shapes.shape(source.emulate, key=f"models.{name}.emulate")
         if isinstance(source.shape, demand.ShapeSpec):
@@ -167,8 +173,8 @@ def _check_lengths(lengths: demand.Lengths, key: str) -> None:
             ) from None
 
 
-def _exactly_one(section: demand.Section, key: str) -> None:
-    names = section.__struct_fields__
+def _exactly_one(section: demand.Section, key: str, names: tuple[str, ...] = ()) -> None:
+    names = names or section.__struct_fields__
     if sum(getattr(section, name) is not None for name in names) != 1:
         raise InputError("needs exactly one key", key=key, allowed=" or ".join(names))
 
@@ -213,13 +219,15 @@ def _on_this_machine(spec: demand.DeploymentSpec, cards_here: CardsHere) -> dema
 
 
 def _with_shapes(scenario: Scenario) -> Scenario:
-    """Every `shape: path` replaced by the shape that the `config.json` there (a file, or in a folder) describes."""
-    models = {
-        name: msgspec.structs.replace(source, shape=_spec(source.shape, f"models.{name}.shape"))
-        if isinstance(source.shape, str)
-        else source
-        for name, source in scenario.models.items()
-    }
+    """Every `shape: path` replaced by the shape that the `config.json` there (a file, or in a folder) describes, and
+    what stands beside an ONNX file told with it."""
+
+    def told(source: demand.ModelSource, key: str) -> demand.ModelSource:
+        if isinstance(source.shape, str):
+            source = msgspec.structs.replace(source, shape=_spec(source.shape, f"{key}.shape"))
+        return onnx_files.filled(source, key=key) if source.onnx is not None else source
+
+    models = {name: told(source, f"models.{name}") for name, source in scenario.models.items()}
     return msgspec.structs.replace(scenario, models=models)
 
 

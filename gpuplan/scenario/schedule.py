@@ -17,7 +17,7 @@ from pathlib import Path
 from gpuplan.errors import InputError
 from gpuplan.scenario import demand, traces
 from gpuplan.scenario.demand import Lengths, Scenario, TrafficClass
-from gpuplan.scenario.deployment import role, shape_of
+from gpuplan.scenario.deployment import role, window_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +54,11 @@ def build_schedule(scenario: Scenario, *, rate_scale: float = 1.0, speed: float 
     clipped = 0
     for order, traffic in enumerate(scenario.traffic):
         source = scenario.models[traffic.model]
-        shape = shape_of(source)
-        window = shape.context_tokens_max if shape and source.emulated else None
+        window = window_of(source)
         decoder = role(source) == "decoder"
         for time_s, prompt, output in _requests(scenario, traffic, rate_scale, speed):
             output = output if decoder else 0
-            if window is not None and prompt + output > window:
+            if prompt + output > window:
                 clipped += 1
                 prompt = min(prompt, window - 1 if decoder else window)
                 output = min(output, window - prompt)

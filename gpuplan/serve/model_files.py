@@ -1,18 +1,20 @@
 """What a model is made of, read from one place: a built-in, or an ONNX file with its neighbours.
 
 `read(source)` takes `builtin:NAME` or the path of an ONNX file. Beside a file stand `tokenizer.json` (needed) and
-`config.json` (labels, ids that end a text), as Hugging Face's exporters write them.
+`config.json` (labels, window, ids that pad or end a text), as Hugging Face's exporters write them.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+import importlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gpuplan.errors import InputError
+from gpuplan.hardware import shapes
+from gpuplan.scenario import onnx_files
 
 BUILTIN = "builtin:"
 
@@ -21,13 +23,18 @@ BUILTIN = "builtin:"
 class ModelFiles:
     """`model` is a path or a serialised graph, `encode` gives a text's token ids; `vocabulary` is the
     `tokenizers.Tokenizer` behind it, which decoders turn ids back into text with (None: there is no way back).
-    `end_ids` are the tokens that end a text."""
+    `end_ids` are the tokens that end a text. `context_tokens_max` is the window and `vocabulary_size` the number of
+    token ids, None where nobody says; `multi_label`: several labels may hold at once."""
 
     model: Path | bytes
     encode: Callable[[str], Sequence[int]]
     vocabulary: Any = None
     labels: tuple[str, ...] = ()
     end_ids: frozenset[int] = frozenset()
+    pad_id: int = 0
+    context_tokens_max: int | None = None
+    vocabulary_size: int | None = None
+    multi_label: bool = False
 
 
 def read(source: str) -> ModelFiles:
@@ -36,20 +43,52 @@ def read(source: str) -> ModelFiles:
         return _builtin(source.removeprefix(BUILTIN))
     model = Path(source)
     vocabulary = _vocabulary_beside(model)
-    config = _config_beside(model)
-    return ModelFiles(model, lambda text: vocabulary.encode(text).ids, vocabulary, _labels(config), _end_ids(config))
+    config = onnx_files.config_beside(model)
+    return ModelFiles(
+        model,
+        lambda text: vocabulary.encode(text).ids,
+        vocabulary,
+        labels(config),
+        _end_ids(config),
+        pad_id=pad if isinstance(pad := config.get("pad_token_id"), int) and pad >= 0 else 0,
+        context_tokens_max=onnx_files.window_of(config),
+        vocabulary_size=_vocabulary_size(config, vocabulary),
+        multi_label=config.get("problem_type") == "multi_label_classification",
+    )
+
+
+def labels(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of a classifier's outputs by a `config.json`, in order. Raises InputError for an `id2label` that is
+    none."""
+    named = config.get("id2label") or {}
+    try:
+        return tuple(str(named[key]) for key in sorted(named, key=int))
+    except (TypeError, ValueError, KeyError):
+        raise InputError(
+            "not a mapping from numbers to names", key="config.json: id2label", value=named, allowed='{"0": "no", ...}'
+        ) from None
+
+
+def builtin_module(name: str) -> str:
+    """Where a built-in is made."""
+    return f"gpuplan.serve.builtin.{name.replace('-', '_')}"
 
 
 def _builtin(name: str) -> ModelFiles:
-    from gpuplan.serve.builtin import sentiment, tiny_chat
-
-    if name == tiny_chat.NAME:
-        vocabulary = tiny_chat.vocabulary()
-        return ModelFiles(
-            tiny_chat.model(), lambda text: vocabulary.encode(text).ids, vocabulary, end_ids=tiny_chat.end_ids()
-        )
-    assert name == "sentiment", "demand.ModelSource names the built-ins that exist"
-    return ModelFiles(sentiment.model(), sentiment.token_ids, labels=sentiment.LABELS)
+    """A built-in is a module of that name with `token_ids`, `model`, for a classifier `LABELS`, and for a decoder
+    `vocabulary` and `end_ids`."""
+    made = importlib.import_module(builtin_module(name))
+    shape = shapes.shape(name)
+    decodes = shape.role == "decoder"
+    return ModelFiles(
+        made.model(),
+        made.token_ids,
+        made.vocabulary() if decodes else None,
+        labels=getattr(made, "LABELS", ()),
+        end_ids=made.end_ids() if decodes else frozenset(),
+        context_tokens_max=shape.context_tokens_max,
+        vocabulary_size=shape.vocabulary,
+    )
 
 
 def _vocabulary_beside(model: Path) -> Any:
@@ -70,25 +109,14 @@ def _vocabulary_beside(model: Path) -> Any:
     return vocabulary
 
 
-def _config_beside(model: Path) -> dict[str, Any]:
-    """Hugging Face's `config.json` beside the model, or nothing."""
-    file = model.with_name("config.json")
-    if not file.is_file():
-        return {}
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"not JSON: {error}", key="models", value=str(file)) from None
-    if not isinstance(config, dict):
-        raise InputError("not a JSON object", key="models", value=str(file))
-    return config
+def _vocabulary_size(config: Mapping[str, Any], vocabulary: Any) -> int:
+    """Rows of the embedding: `vocab_size`, which may be rounded up, or one past the tokenizer's last id."""
+    told = config.get("vocab_size")
+    if isinstance(told, int) and not isinstance(told, bool) and told > 0:
+        return told
+    return int(max(vocabulary.get_vocab(with_added_tokens=True).values(), default=0)) + 1
 
 
-def _labels(config: dict[str, Any]) -> tuple[str, ...]:
-    named = config.get("id2label") or {}
-    return tuple(str(named[key]) for key in sorted(named, key=int))
-
-
-def _end_ids(config: dict[str, Any]) -> frozenset[int]:
+def _end_ids(config: Mapping[str, Any]) -> frozenset[int]:
     ids = config.get("eos_token_id")
     return frozenset(ids if isinstance(ids, list) else [ids] if isinstance(ids, int) else [])

@@ -15,16 +15,13 @@ from collections.abc import Sequence
 from gpuplan.errors import InputError
 from gpuplan.hardware import mig
 from gpuplan.scenario.demand import ModelSource
-from gpuplan.scenario.deployment import Deployment, Replica, shape_of
+from gpuplan.scenario.deployment import Deployment, Replica, shape_of, window_of
 from gpuplan.serve import model_files
 from gpuplan.serve.engines import Engine, Runner
 from gpuplan.serve.engines.emulated import EmulatedEngine
 from gpuplan.serve.engines.session import CPU_PROVIDER, CUDA_PROVIDER, EngineSpec
 from gpuplan.serve.worker import WorkerProcess, WorkerThread
 from gpuplan.telemetry.nvml import Card
-
-PROMPT_TOKENS_MAX = 2048
-"""For models without a known context window (ONNX files)."""
 
 
 def engine_for(
@@ -75,12 +72,6 @@ def runner(spec: EngineSpec) -> Runner:
     return SingleStepEngine(spec)
 
 
-def context_tokens_max(source: ModelSource) -> int:
-    """The longest sequence a model takes, prompt and output together."""
-    shape = shape_of(source)
-    return shape.context_tokens_max if shape else PROMPT_TOKENS_MAX
-
-
 def _worker(replica: Replica, deployment: Deployment, spec: EngineSpec) -> Engine:
     if replica.worker == "thread":
         return WorkerThread(spec)
@@ -104,7 +95,7 @@ def _spec(
         threads=_threads(replica, deployment) if on_cpu else 1,
         memory_bytes_max=None if on_cpu or part is None else part.memory_bytes // replica.processes,
         max_batch_size=deployment.batching[replica.model].max_batch_size,
-        tokens_max=context_tokens_max(source),
+        tokens_max=window_of(source),
         device=device,
         cores=_cores(replica, deployment) if on_cpu else (),
     )

@@ -8,6 +8,7 @@ which in a few sentences, and the layers' noise makes of that a different text f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -32,6 +33,12 @@ _CERTAINTY = 2.0
 """How much louder the head speaks of letters seen: at temperature 1 most of what is drawn can be read."""
 _LAYERS_SHARE = 0.35
 """How much each layer adds to what the last letter alone would say."""
+
+
+def token_ids(text: str) -> Sequence[int]:
+    """One id for a byte of the text's UTF-8."""
+    ids: Sequence[int] = vocabulary().encode(text).ids
+    return ids
 
 
 def end_ids() -> frozenset[int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 
 from gpuplan.hardware import roofline
@@ -39,6 +40,7 @@ class EmulatedEngine:
         self, shape: ModelShape, card: Gpu, part: Profile, answers: Engine | None = None, *, processes: int = 1
     ) -> None:
         self._shape, self._answers = shape, answers
+        self._direction = array("f", [1.0, *[0.0] * (shape.hidden - 1)]).tobytes()
         self._costs = StepCosts(shape, card, part, processes=processes)
         self._band = roofline.band(card, part)
         self._planned_end_s = 0.0
@@ -94,7 +96,9 @@ class EmulatedEngine:
             await self._answers.close()
 
     def _say(self, step: RunStep) -> dict[int, Output]:
-        if self._shape.role == "classifier":
+        if self._shape.role == "embedder":
+            return {request_id: Output("", embedding=self._direction) for request_id in step.answered()}
+        if self._shape.role != "decoder":
             return {request_id: Output("emulated", scores={"emulated": 1.0}) for request_id in step.answered()}
         word = _WORDS[step.step_id % len(_WORDS)] + " "
         return dict.fromkeys(step.answered(), Output(word))
