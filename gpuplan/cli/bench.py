@@ -15,7 +15,7 @@ def bench(
     duration: str | None = typer.Option(None, help="How long to send, e.g. 30s."),
     seed: int | None = typer.Option(None, min=0, help="Seed of arrivals and lengths."),
     speed: float = typer.Option(1.0, help="Replay traces this much faster."),
-    api: str | None = typer.Option(None, help="openai-completions (default), openai-chat, or classify."),
+    api: str | None = typer.Option(None, help="openai-completions (default) or openai-chat, for models that generate."),
     timeout: float = typer.Option(120.0, min=0.1, help="Seconds that one request may take."),
     header: list[str] = typer.Option([], "--header", "-H", help="'Name: value' to send with every request."),
     telemetry: str = typer.Option("auto", help="auto, nvml, none, or the /metrics URL of a DCGM exporter."),
