@@ -166,8 +166,10 @@ class WorkerProcess(_Worker):
         self._why = ""
         try:
             answer = await self._answer_to(Load(self._build, self.spec), LOAD_S_MAX)
-        except EngineLost as lost:
-            raise RunError(f"the worker process of {self.spec.source} ended while loading: {lost}") from None
+        except EngineLost:
+            why = await self.gone()
+            await self._end()
+            raise RunError(f"the worker process of {self.spec.source} {why} while loading") from None
         except BaseException:
             await self._end()
             raise
