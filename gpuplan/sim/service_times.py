@@ -76,18 +76,17 @@ class ServiceTimes:
     def timer(self, deployment: Deployment, replica: Replica, rng: random.Random | None = None) -> Timer:
         """Seconds of a step on this replica: the mean, or with `rng` a draw from the spread.
 
-        Raises RunError for a replica that has no roofline and was not measured.
+        Raises RunError for a replica that was not measured and has no roofline, or is an ONNX file: how near that
+        runs to its shape's roofline nobody knows.
         """
         costs = step_costs(deployment, replica)
         fit = self.fits.get((replica.model, replica.slice.name)) or self._neighbour(deployment, replica, costs)
-        base = costs.step_s if costs else None
-        if base is None:
-            if fit is None:
-                raise RunError(
-                    f"no service times for {replica.model} on {replica.slice.name}: measure it first "
-                    "(gpuplan bench), then simulate or plan from that run"
-                )
-            base = _nothing
+        if fit is None and (costs is None or deployment.models[replica.model].onnx is not None):
+            raise RunError(
+                f"no service times for {replica.model} on {replica.slice.name}: measure it first "
+                "(gpuplan bench), then simulate or plan from that run"
+            )
+        base = costs.step_s if costs else _nothing
         if fit is None:
             return base
         mean = _fitted(fit, base)

@@ -84,3 +84,14 @@ def test_what_has_no_shape_is_carried_over_by_the_speed_of_the_slices() -> None:
     faster = slices.speed(here.gpu, large) / slices.speed(here.gpu, small)
     assert 3 < faster < 4
     assert times.timer(here, replica)(LOAD) == pytest.approx(0.001 + (640e-6 + 10e-4) / faster)
+
+
+def test_a_file_whose_shape_is_known_has_to_be_measured_all_the_same() -> None:
+    """Its shape says what fits into memory, not how near to a roofline its graph runs."""
+    shape = {"layers": 6, "hidden": 384, "heads": 12, "ffn": 1536, "vocabulary": 30522, "context_tokens_max": 512}
+    card = {"gpu": "a100-80gb", "mig": ["1g.10gb"]}
+    data = single_step(models={"mood": {"onnx": "mood.onnx", "onnx_shape": shape}}, deployment=card)
+    here = deployment.resolve(files.build(data, Scenario))
+    with pytest.raises(RunError, match="measure it first"):
+        ServiceTimes({}).timer(here, here.replicas[0])
+    assert ServiceTimes({("mood", "1g.10gb"): FIT}).timer(here, here.replicas[0])(LOAD) > 0
