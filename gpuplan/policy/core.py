@@ -152,6 +152,10 @@ class ServingCore:
         if step.prefills:
             self._prefilled(replica, step)
         self._drop_cancelled(replica)
+        for request_id, reason in event.failed:
+            unanswered = self._sequences.get(request_id)
+            if unanswered is not None:
+                self._fail([unanswered], reason, actions)
         ended = event.ended
         finished = [s for s in replica.decoding if s.emitted >= s.output_tokens or (ended and s.request_id in ended)]
         for s in finished:

@@ -36,12 +36,13 @@ class Arrive(Word, frozen=True):
 
 
 class StepDone(Word, frozen=True):
-    """A step has run. `ended` names sequences whose engine met an end of text before their limit; `late_s` is how much
-    later than an emulated card would have the host ended it."""
+    """A step has run. `ended` names sequences whose engine met an end of text before their limit, `failed` those that
+    it has no answer for, and why; `late_s` is how much later than an emulated card would have the host ended it."""
 
     replica_id: str
     step_id: int
     ended: tuple[int, ...] = ()
+    failed: tuple[tuple[int, str], ...] = ()
     late_s: float | None = None
 
 

@@ -198,14 +198,16 @@ class Server:
             self._feed(StepFailed(step.replica_id, step.step_id, reason))
             return
         self._step_over(step.replica_id)
-        ended = tuple(request_id for request_id, output in answers if output.end or output.error)
+        ended, failed = [], []
         for request_id, output in answers:
-            ticket = self._tickets.get(request_id)
-            if ticket is not None and output.error:
-                self._end(request_id, RequestFailed(output.error))
-            elif ticket is not None:
+            if output.error:
+                failed.append((request_id, output.error))
+                continue
+            if output.end:
+                ended.append(request_id)
+            if (ticket := self._tickets.get(request_id)) is not None:
                 ticket.put(output)
-        self._feed(StepDone(step.replica_id, step.step_id, ended, engine.late_s))
+        self._feed(StepDone(step.replica_id, step.step_id, tuple(ended), tuple(failed), engine.late_s))
 
     def _end(self, request_id: int, last: Exception | None) -> None:
         ticket = self._tickets.pop(request_id, None)

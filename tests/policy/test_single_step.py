@@ -16,6 +16,7 @@ from gpuplan.policy.vocabulary import (
     ReplicaDown,
     ReplicaUp,
     RunStep,
+    StepDone,
     StepFailed,
     Swap,
     VersionAdded,
@@ -212,6 +213,21 @@ TABLES: dict[str, tuple[dict[str, float], int, Table]] = {
             (0.5, StepFailed("mood-0", 4, "engine_error"), ["mood-0 #5: 4"]),
             (0.6, StepFailed("mood-0", 5, "engine_error"), ["fail 4: engine_error", "mood-0 #6: 5"]),
             (0.7, done("mood-0", 6), ["complete 5", "mood-0 #7: 6"]),  # who waited comes after
+        ],
+    ),
+    "an answer that is none fails alone": (
+        {"max_batch_size": 4},
+        1,
+        [
+            (0.0, ask(1), ["mood-0 #1: 1"]),
+            *((0.1, ask(i), []) for i in (2, 3, 4)),
+            (0.2, done("mood-0", 1), ["complete 1", "mood-0 #2: 2 3 4"]),
+            (0.3, Cancel(4), []),
+            (
+                0.4,
+                StepDone("mood-0", 2, failed=((3, "nan_output"), (4, "nan_output"))),
+                ["fail 3: nan_output", "complete 2"],
+            ),  # 4 does not want to know
         ],
     ),
     "without memory batches are smaller": (

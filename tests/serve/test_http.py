@@ -139,6 +139,7 @@ BAD_BODIES = [
     ("/v1/classify", b'{"model": "sentiment", "input": [[1], []]}', 400, "no words"),
     ("/v1/classify", json.dumps({"model": "sentiment", "input": [1] * 3000}).encode(), 400, "too long"),
     ("/v1/classify", json.dumps({"model": "sentiment", "input": ["a"] * 257}).encode(), 400, "256"),
+    ("/v1/classify", b'{"model": "sentiment", "input": [5000]}', 400, "vocabulary"),
     ("/v1/completions", b'{"model": "sentiment", "prompt": [[1], [2]]}', 400, "one prompt"),
     ("/v1/embeddings", b'{"model": "sentiment", "input": "x"}', 400, "not an embedder"),
     ("/v1/embeddings", b'{"model": "nobody", "input": "x"}', 404, "no such model"),

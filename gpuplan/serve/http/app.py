@@ -281,19 +281,26 @@ class App:
         if tokens + tokens_max > model.tokens_max:
             asked = f"{tokens} prompt tokens" + (f" and {tokens_max} to generate" if tokens_max else "")
             raise Refusal(400, f"too long: {asked}, the model takes {model.tokens_max} in all", param=param)
+        if model.kv_tokens_max is not None and tokens + tokens_max > model.kv_tokens_max:
+            room = f"the KV cache of the largest replica holds {model.kv_tokens_max} in all"
+            raise Refusal(400, f"too long: {tokens} prompt tokens and {tokens_max} to generate, {room}", param=param)
         return prompt
 
 
 class _Model(NamedTuple):
-    """What requests are checked against; `tokens_max` bounds prompt and output together."""
+    """What requests are checked against; `tokens_max` bounds prompt and output together, and so does the KV cache of
+    its largest replica, where it has one."""
 
     name: str
     role: Role
     tokens_max: int
+    kv_tokens_max: int | None
 
     @classmethod
     def of(cls, server: Server, name: str, role: Role) -> _Model:
-        return cls(name, role, window_of(server.deployment.models[name]))
+        held = [r.kv_tokens_max for r in server.deployment.replicas_of(name)]
+        kv_tokens_max = None if None in held else max(tokens for tokens in held if tokens is not None)
+        return cls(name, role, window_of(server.deployment.models[name]), kv_tokens_max)
 
 
 _ARTICLES: dict[Role, str] = {"decoder": "a decoder", "classifier": "a classifier", "embedder": "an embedder"}

@@ -43,6 +43,8 @@ _FAILED = {
     "replica_lost": (503, "the replica that ran the request was lost"),
     "no_replica": (503, "no replica of the model is up"),
     "nan_output": (500, "the model's output was not a number"),
+    "too_long": (400, "the prompt is longer than the model takes"),
+    "bad_token": (400, "a token id is not in the model's vocabulary"),
 }
 
 
