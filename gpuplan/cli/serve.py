@@ -21,6 +21,12 @@ def serve(
     host: str = typer.Option("127.0.0.1", help="Address to listen on."),
     port: int = typer.Option(8000, min=0, max=65535, help="Port to listen on; 0 picks a free one."),
     api_key: str | None = typer.Option(None, envvar="GPUPLAN_API_KEY", help="Bearer token that requests must carry."),
+    admin_token: str | None = typer.Option(
+        None, envvar="GPUPLAN_ADMIN_TOKEN", help="Bearer token for /admin/swap, which is not there without it."
+    ),
+    models_dir: Path | None = typer.Option(
+        None, help="Folder that other versions of models may be loaded from.", exists=True, file_okay=False
+    ),
     allow_cpu: bool = typer.Option(False, "--allow-cpu", help="Run ONNX models on the CPU where the GPU is not here."),
     drain_timeout: float = typer.Option(30.0, min=0.0, help="Seconds that running requests get after SIGTERM."),
     telemetry: str = typer.Option("auto", help="auto, nvml, none, or the /metrics URL of a DCGM exporter."),
@@ -47,7 +53,16 @@ def serve(
     scenario = files.load(file, cards_here=nvml.cards_here) if file else build(DEFAULT, Scenario)
     folder = store.prepare(record) if record else None
     options = ServiceOptions(
-        host, port, api_key, allow_cpu, folder is not None, sample_hz, telemetry, drain_s=drain_timeout
+        host=host,
+        port=port,
+        api_key=api_key,
+        admin_token=admin_token,
+        models_dir=models_dir,
+        allow_cpu=allow_cpu,
+        record=folder is not None,
+        sample_hz=sample_hz,
+        telemetry=telemetry,
+        drain_s=drain_timeout,
     )
     run_async(_serve(deployment.resolve(scenario), options, folder, as_json))
 

@@ -33,7 +33,7 @@ class Fleet:
         self._feed = feed
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._leaving: dict[str, asyncio.Event] = {}  # those taken over from: set when nothing runs there any more
-        self._retiring: set[asyncio.Task[None]] = set()
+        self._retiring: dict[str, asyncio.Task[None]] = {}
         self._swapping: set[str] = set()
         self._versions = 1
 
@@ -46,7 +46,7 @@ class Fleet:
 
     async def close(self) -> None:
         """Frees them all."""
-        tasks = [*self._keepers.values(), *self._retiring]
+        tasks = [*self._keepers.values(), *self._retiring.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -90,7 +90,12 @@ class Fleet:
     async def _load_beside(
         self, model: str, old: Sequence[str], new: Mapping[str, Engine], has_room: Callable[[str], bool]
     ) -> None:
-        if not all(has_room(replica_id) for replica_id in old):
+        # A version of an earlier swap that still runs makes room by itself.
+        places = {place_of(replica_id) for replica_id in old}
+        retiring = [task for replica_id, task in self._retiring.items() if place_of(replica_id) in places]
+        if retiring and not all(map(has_room, old)):
+            await asyncio.wait(retiring)
+        if not all(map(has_room, old)):
             raise RunError(f"no memory to load {model} beside the version that serves: let that one drain first")
         for engine in new.values():
             await engine.load()
@@ -128,9 +133,7 @@ class Fleet:
         for replica_id in new:
             self._look_after(replica_id)
         for replica_id in old:
-            task = asyncio.get_running_loop().create_task(self._retire(replica_id))
-            self._retiring.add(task)
-            task.add_done_callback(self._retiring.discard)
+            self._retiring[replica_id] = asyncio.get_running_loop().create_task(self._retire(replica_id))
 
     async def _retire(self, replica_id: str) -> None:
         await self._leaving[replica_id].wait()
@@ -138,7 +141,7 @@ class Fleet:
             keeper.cancel()
         await self.engines[replica_id].close()
         self._feed(VersionDropped(replica_id))
-        del self.engines[replica_id], self._leaving[replica_id]
+        del self.engines[replica_id], self._leaving[replica_id], self._retiring[replica_id]
 
     def _same_tokens(self, model: str, old: Engine, new: Engine) -> None:
         """What waits has been tokenised for the old version."""

@@ -12,6 +12,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -20,8 +21,10 @@ import uvicorn
 from gpuplan.errors import InputError
 from gpuplan.record.recorder import Recorder
 from gpuplan.record.run import Provenance, TelemetrySource
-from gpuplan.scenario.deployment import Deployment
-from gpuplan.serve import models
+from gpuplan.scenario.demand import ModelSource
+from gpuplan.scenario.deployment import Deployment, Replica
+from gpuplan.serve import models, versions
+from gpuplan.serve.engines import Engine
 from gpuplan.serve.http.app import App
 from gpuplan.serve.http.protocol import BoundedProtocol
 from gpuplan.serve.lag import LoopLag
@@ -39,11 +42,13 @@ SHUTDOWN_S = 1
 @dataclass(frozen=True, slots=True)
 class ServiceOptions:
     """How to serve. `record` keeps every decision and sample in memory for the run folder; `telemetry` is a checked
-    choice of where samples come from."""
+    choice of where samples come from; `models_dir` is where versions of models may be loaded from."""
 
     host: str = "127.0.0.1"
     port: int = 0
     api_key: str | None = None
+    admin_token: str | None = None
+    models_dir: Path | None = None
     allow_cpu: bool = False
     record: bool = False
     sample_hz: float = HZ
@@ -118,7 +123,17 @@ async def serving(deployment: Deployment, options: ServiceOptions, *, signals: b
         if sampler:
             sampler.start()
             stack.callback(sampler.stop)
-        listener = _Listener(server, App(server, metrics, api_key=options.api_key), options.drain_s)
+
+        async def swap_to(model: str, asked: ModelSource, beside: bool) -> None:
+            version = versions.checked(asked, deployment.models[model], options.models_dir)
+
+            def engine(replica: Replica) -> Engine:
+                return models.engine_for(replica, deployment, cards=cards, allow_cpu=options.allow_cpu, source=version)
+
+            await server.swap(model, engine, beside=beside)
+
+        app = App(server, metrics, api_key=options.api_key, admin_token=options.admin_token, swap_to=swap_to)
+        listener = _Listener(server, app, options.drain_s)
         await stack.enter_async_context(listener.listening(listening, signals=signals))
         host, port = listening.getsockname()[:2]
         service = Service(

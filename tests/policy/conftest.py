@@ -8,7 +8,18 @@ from typing import Any
 from gpuplan.hardware import mig
 from gpuplan.hardware.catalog import gpu
 from gpuplan.policy.core import ServingCore
-from gpuplan.policy.vocabulary import Action, Complete, Event, Fail, Prefill, Reject, ReplicaUp, RunStep, StepDone
+from gpuplan.policy.vocabulary import (
+    Action,
+    Complete,
+    Event,
+    Fail,
+    Prefill,
+    Reject,
+    ReplicaUp,
+    RunStep,
+    StepDone,
+    Unload,
+)
 from gpuplan.scenario.demand import AutoscaleSpec, BatchingSpec, ModelSource
 from gpuplan.scenario.deployment import Deployment, Replica, Slice
 
@@ -62,6 +73,8 @@ def said(action: Action) -> str:
             return f"reject {request_id}: {reason}, {retry_after_s:g} s"
         case Fail(request_id=request_id, reason=reason):
             return f"fail {request_id}: {reason}"
+        case Unload(replica_id=replica_id):
+            return f"unload {replica_id}"
 
 
 def _prefill(prefill: Prefill, replica_id: str) -> str:

@@ -27,6 +27,10 @@ from gpuplan.policy.vocabulary import (
     RunStep,
     StepDone,
     StepFailed,
+    Swap,
+    Unload,
+    VersionAdded,
+    VersionDropped,
     Wake,
 )
 from gpuplan.scenario import deployment as supply
@@ -64,6 +68,12 @@ class Driver:
         self.open: set[int] = set()
         self.cancelled: set[int] = set()
         self.ended: set[int] = set()
+        self.serving = {"mood": ["mood-0", "mood-1"], "chat": ["chat-0", "chat-1"]}
+        self.coming: dict[str, list[str]] = {}  # by model: versions that wait for the old ones to be unloaded
+        self.leaving: set[str] = set()
+        self.returning: set[str] = set()
+        self.unloaded: list[str] = []
+        self.versions = 1
 
     def feed(self, event: Event) -> None:
         actions = self.core.handle(event, now_s=self.now_s)
@@ -73,6 +83,8 @@ class Driver:
             self.open.add(event.request_id)
         for action in actions:
             self._hold(event, action)
+        while self.unloaded:
+            self._unloaded(self.unloaded.pop(0))
 
     def _hold(self, event: Event, action: Action) -> None:
         match action:
@@ -90,6 +102,19 @@ class Driver:
                 assert request_id not in self.ended, "an end comes once"
                 self.open.remove(request_id)
                 self.ended.add(request_id)
+            case Unload(replica_id=replica_id):
+                assert replica_id in self.leaving, "only what was taken over from"
+                assert replica_id not in self.running, "and nothing runs there"
+                self.leaving.remove(replica_id)
+                self.unloaded.append(replica_id)
+
+    def _unloaded(self, replica_id: str) -> None:
+        """As a fleet does: a new version that waited for this place takes over as soon as all old ones are gone."""
+        model = replica_id.partition("-")[0]
+        self.feed(VersionDropped(replica_id))
+        if model in self.coming and not any(r.startswith(model) for r in self.leaving):
+            self.serving[model] = self.coming.pop(model)
+            self.feed(Swap(model, tuple(self.serving[model])))
 
     # --- what may happen ------------------------------------------------------------------------------------------
 
@@ -121,15 +146,42 @@ class Driver:
             self.cancelled.add(request_id)
         self.feed(Cancel(request_id))
 
-    def down(self, which: int) -> None:
-        replica_id = REPLICAS[which % 4]
+    def down(self, which: int, returns: bool) -> None:
+        there = sorted([r for ids in self.serving.values() for r in ids] + list(self.leaving))
+        if not there:
+            return
+        replica_id = there[which % len(there)]
         step = self.running.pop(replica_id, None)
         if step is not None:
             self.old_steps.append(StepDone(replica_id, step.step_id))
-        self.feed(ReplicaDown(replica_id))
+        returns = returns and replica_id not in self.leaving
+        (self.returning.add if returns else self.returning.discard)(replica_id)
+        self.feed(ReplicaDown(replica_id, returns=returns))
 
     def up(self, which: int) -> None:
-        self.feed(ReplicaUp(REPLICAS[which % 4]))
+        there = sorted(r for ids in self.serving.values() for r in ids)
+        if there:
+            self.returning.discard(there[which % len(there)])
+            self.feed(ReplicaUp(there[which % len(there)]))
+
+    def swap(self, model: str, beside: bool, fails: bool) -> None:
+        """One at a time for each model."""
+        if model in self.coming or any(r.startswith(model) for r in self.leaving):
+            return
+        self.versions += 1
+        old, new = self.serving[model], [f"{model}-{i}#{self.versions}" for i in (0, 1)]
+        for replica_id in new:
+            self.feed(VersionAdded(replica_id, replica_id.partition("#")[0], returns=not beside))
+        if fails:
+            for replica_id in new:
+                self.feed(VersionDropped(replica_id))
+            return
+        self.leaving |= set(old)
+        self.returning -= set(old)
+        self.serving[model] = new if beside else []
+        if not beside:
+            self.coming[model] = new
+        self.feed(Swap(model, tuple(new) if beside else (), tuple(old)))
 
     def wake(self) -> None:
         timer_s = self.core.next_timer_s()
@@ -145,6 +197,8 @@ class Driver:
     def drain(self) -> None:
         """Nothing new; whatever runs is finished."""
         self.feed(Drain())
+        for replica_id in sorted(self.returning):
+            self.feed(ReplicaUp(replica_id))
         for _ in range(10_000):
             if self.running:
                 self.step_over(0, failed=False, ended=0)
@@ -163,7 +217,10 @@ HAPPENINGS = st.one_of(
     st.tuples(st.just("step_over"), WHICH, st.just(False), st.just(0)),
     st.tuples(st.just("stale"), WHICH),
     st.tuples(st.just("cancel"), WHICH),
-    st.tuples(st.just("down"), WHICH),
+    st.tuples(st.just("down"), WHICH, st.booleans()),
+    st.tuples(
+        st.just("swap"), st.sampled_from(["mood", "chat"]), st.booleans(), st.integers(0, 3).map(lambda n: n == 0)
+    ),
     st.tuples(st.just("up"), WHICH),
     st.tuples(st.just("wake")),
     st.tuples(st.just("advance"), st.sampled_from([0.0, 0.05, 0.2, 3.0])),
@@ -189,9 +246,11 @@ def test_the_same_on_long_walks(seed: int) -> None:
         lambda: ("wake",),
         lambda: ("cancel", rng.randrange(10_000)),
         lambda: ("stale", rng.randrange(10_000)),
-        lambda: (rng.choice(["up", "up", "down"]), rng.randrange(4)),
+        lambda: ("up", rng.randrange(4)),
+        lambda: ("down", rng.randrange(4), rng.random() < 0.5),
+        lambda: ("swap", rng.choice(["mood", "chat"]), rng.random() < 0.5, rng.random() < 0.2),
     ]
-    weights = [30, 40, 10, 5, 10, 3, 3]
+    weights = [30, 40, 10, 5, 10, 3, 2, 1, 2]
     assert_sound(set(REPLICAS), [kind() for kind in rng.choices(kinds, weights, k=400)])
 
 
@@ -205,6 +264,7 @@ def assert_sound(up_at_first: set[str], happenings: list[tuple[Any, ...]]) -> No
     driver.drain()
     assert not driver.open, "neither ended nor cancelled"
     assert driver.core.in_flight == 0
+    assert not driver.leaving and not driver.coming, "every swap has come to its end"
     assert not driver.ended & driver.cancelled
     assert_replays(small(), driver.log)
 

@@ -17,6 +17,9 @@ from gpuplan.policy.vocabulary import (
     ReplicaUp,
     RunStep,
     StepFailed,
+    Swap,
+    VersionAdded,
+    VersionDropped,
     Wake,
 )
 from tests.policy.conftest import deployment, done, follow, started
@@ -250,6 +253,50 @@ TABLES: dict[str, tuple[dict[str, float], int, Table]] = {
             (0.6, ReplicaUp("mood-0"), ["mood-0 #4: 3 4"]),  # back, and there is work
             (0.7, done("mood-0", 1), []),  # stale still, although a step runs
             (0.8, done("mood-0", 4), ["complete 3", "complete 4"]),
+        ],
+    ),
+    "a replica that returns is waited for": (
+        {"max_batch_size": 4},
+        1,
+        [
+            (0.0, ask(1), ["mood-0 #1: 1"]),
+            (0.0, ask(2), []),
+            (0.1, ReplicaDown("mood-0", "killed", returns=True), []),
+            (0.2, ask(3), []),  # so do those who come meanwhile
+            (0.3, ReplicaUp("mood-0"), ["mood-0 #2: 1"]),  # alone: it may have died of it
+            (0.4, done("mood-0", 2), ["complete 1", "mood-0 #3: 2 3"]),
+            (0.5, ReplicaDown("mood-0", "killed", returns=True), []),
+            (0.6, ReplicaDown("mood-0", "cannot be loaded"), ["fail 2: no_replica", "fail 3: no_replica"]),
+            (0.7, ask(4), ["reject 4: no_replica, 1 s"]),
+        ],
+    ),
+    "a version takes over between two steps": (
+        {"max_batch_size": 1},
+        1,
+        [
+            (0.0, ask(1), ["mood-0 #1: 1"]),
+            (0.0, ask(2), []),
+            (0.1, VersionAdded("mood-0#2", "mood-0"), []),  # it loads; the old one serves on
+            (0.2, done("mood-0", 1), ["complete 1", "mood-0 #2: 2"]),
+            (0.3, ask(3), []),
+            (0.4, Swap("mood", ("mood-0#2",), ("mood-0",)), ["mood-0#2 #3: 3"]),  # what waited goes to the new one
+            (0.5, done("mood-0", 2), ["complete 2", "unload mood-0"]),  # what ran ended on the old one
+            (0.6, VersionDropped("mood-0"), []),
+            (0.7, done("mood-0#2", 3), ["complete 3"]),
+            (0.8, ask(4), ["mood-0#2 #4: 4"]),
+        ],
+    ),
+    "a version that has to wait for the memory": (
+        {"max_batch_size": 1},
+        1,
+        [
+            (0.0, ask(1), ["mood-0 #1: 1"]),
+            (0.1, VersionAdded("mood-0#2", "mood-0", returns=True), []),
+            (0.1, Swap("mood", (), ("mood-0",)), []),
+            (0.2, ask(2), []),  # nobody takes it yet, and it is not refused
+            (0.3, done("mood-0", 1), ["complete 1", "unload mood-0"]),
+            (0.4, Swap("mood", ("mood-0#2",)), ["mood-0#2 #2: 2"]),
+            (0.5, VersionDropped("mood-0"), []),
         ],
     ),
     "the last replica is gone": (

@@ -11,12 +11,14 @@ from __future__ import annotations
 import hashlib
 import hmac
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
-from gpuplan.scenario.deployment import Role, shape_of
+from gpuplan.errors import InputError, RunError
+from gpuplan.scenario.demand import ModelSource
+from gpuplan.scenario.deployment import Role, window_of
 from gpuplan.serve.engines import Output, Prompt
 from gpuplan.serve.http import bodies, openai
 from gpuplan.serve.http.errors import Refusal, failure, refusal_of
@@ -24,16 +26,26 @@ from gpuplan.serve.http.exchange import ClientGone, Exchange, Handler, Receive, 
 from gpuplan.serve.metrics import Metrics
 from gpuplan.serve.server import RequestFailed, RequestRefused, Server, Ticket
 
-PROMPT_TOKENS_MAX = 2048
-"""For models without a known context window (ONNX files)."""
+SwapTo = Callable[[str, ModelSource, bool], Awaitable[None]]
+"""Puts another version of a model into place: (model, source, beside). Raises InputError and RunError."""
 
 
 class App:
-    """The routes of a server. With `api_key`, all but the health routes want it as a bearer token."""
+    """The routes of a server. With `api_key`, all but the health routes want it as a bearer token. Admin routes exist
+    only with an `admin_token`, and want that one."""
 
-    def __init__(self, server: Server, metrics: Metrics, *, api_key: str | None = None) -> None:
+    def __init__(
+        self,
+        server: Server,
+        metrics: Metrics,
+        *,
+        api_key: str | None = None,
+        admin_token: str | None = None,
+        swap_to: SwapTo | None = None,
+    ) -> None:
         self._server, self._metrics = server, metrics
-        self._key = hashlib.sha256(api_key.encode()).digest() if api_key else None
+        self._key, self._admin_key = _digest(api_key), _digest(admin_token)
+        self._swap_to = swap_to
         self._models = {r.model: _Model.of(server, r.model, r.role) for r in server.deployment.replicas}
         self._started = int(time.time())
         self._open: dict[str, dict[str, Handler]] = {
@@ -48,6 +60,7 @@ class App:
             "/v1/models": {"GET": self.models},
             "/metrics": {"GET": self.metrics},
         }
+        self._admin: dict[str, dict[str, Handler]] = {"/admin/swap": {"POST": self.swap}} if self._admin_key else {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send)
@@ -67,15 +80,18 @@ class App:
 
     def _handler(self, exchange: Exchange) -> Handler:
         """Who answers. Raises Refusal for an unknown route, a wrong method or a wrong key."""
+        key = self._key
         methods = self._guarded.get(exchange.path)
+        if methods is None and (methods := self._open.get(exchange.path)) is not None:
+            key = None
+        if methods is None and (methods := self._admin.get(exchange.path)) is not None:
+            key = self._admin_key
         if methods is None:
-            methods = self._open.get(exchange.path)
-            if methods is None:
-                raise Refusal(404, "no such route")
-        elif self._key is not None:
+            raise Refusal(404, "no such route")
+        if key is not None:
             given = exchange.headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-            if not hmac.compare_digest(hashlib.sha256(given).digest(), self._key):
-                raise Refusal(401, "a valid API key is needed", headers=((b"www-authenticate", b"Bearer"),))
+            if not hmac.compare_digest(hashlib.sha256(given).digest(), key):
+                raise Refusal(401, "a valid key is needed", headers=((b"www-authenticate", b"Bearer"),))
         handler = methods.get("GET" if exchange.method == "HEAD" else exchange.method)
         if handler is None:
             allowed = ", ".join(methods).encode()
@@ -220,6 +236,25 @@ class App:
         ready = self._server.core.ready()
         await exchange.answer(encode({"status": "ready" if ready else "not ready"}), 200 if ready else 503)
 
+    # --- what operators ask ---------------------------------------------------------------------------------------
+
+    async def swap(self, exchange: Exchange) -> None:
+        body = await exchange.body(bodies.swap)
+        model = self._model(body.model)
+        if self._swap_to is None:
+            raise Refusal(501, "this server swaps no models")
+        source = ModelSource(onnx=body.onnx, builtin=body.builtin, emulate=body.emulate)
+        started_s = time.monotonic()
+        try:
+            await self._swap_to(model.name, source, body.mode == "beside")
+        except InputError as error:
+            raise Refusal(400, str(error), param=error.key) from None
+        except RunError as error:
+            raise Refusal(409, str(error)) from None
+        replicas = self._server.fleet.serving[model.name]
+        took_s = time.monotonic() - started_s
+        await exchange.answer(encode({"model": model.name, "replicas": replicas, "took_s": took_s}))
+
     # --- from a body to a prompt ----------------------------------------------------------------------------------
 
     def _model(self, name: str, role: Role | None = None) -> _Model:
@@ -258,11 +293,14 @@ class _Model(NamedTuple):
 
     @classmethod
     def of(cls, server: Server, name: str, role: Role) -> _Model:
-        shape = shape_of(server.deployment.models[name])
-        return cls(name, role, shape.context_tokens_max if shape else PROMPT_TOKENS_MAX)
+        return cls(name, role, window_of(server.deployment.models[name]))
 
 
 _ARTICLES: dict[Role, str] = {"decoder": "a decoder", "classifier": "a classifier", "embedder": "an embedder"}
+
+
+def _digest(key: str | None) -> bytes | None:
+    return hashlib.sha256(key.encode()).digest() if key else None
 
 
 def _identified(request_id: str) -> tuple[tuple[bytes, bytes]]:

@@ -34,6 +34,16 @@ Input = str | list[str | TokenId | list[TokenId]]
 Ids = Sequence[int]
 
 
+class Swap(Struct, forbid_unknown_fields=True):
+    """`POST /admin/swap`: another version of a model, by exactly one of `onnx`, `builtin` and `emulate`."""
+
+    model: str
+    onnx: str | None = None
+    builtin: Literal["sentiment", "embed", "tiny-chat"] | None = None
+    emulate: str | None = None
+    mode: Literal["beside", "drain"] = "beside"
+
+
 class StreamOptions(Struct):
     include_usage: bool = False
 
@@ -151,6 +161,7 @@ completion = msgspec.json.Decoder(CompletionBody)
 chat = msgspec.json.Decoder(ChatBody)
 classify = msgspec.json.Decoder(ClassifyBody)
 embeddings = msgspec.json.Decoder(EmbeddingsBody)
+swap = msgspec.json.Decoder(Swap)
 
 
 def prompts_of(given: Input, param: str) -> tuple[list[str] | list[Ids], bool]:
