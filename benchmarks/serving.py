@@ -8,7 +8,14 @@ machine hits all of them; rates and latencies are medians over the turns, ratios
 
 mosec is the peer (a Rust front, Python workers); install it by hand, `pip install mosec==0.9.8`, or it is left out.
 
-    python benchmarks/serving.py [--seconds 3] [--rounds 3] [--connections 64] [--layers 4] [--threads 1]
+`decoding` is another benchmark: the built-in tiny-chat, its tokens streamed to 16 sequences at once and to one, beside
+a bare loop around the same session at batch 16, which feeds the cache that a step gave to the next by IO binding and
+takes the likeliest token of each row. Prompts are of 8 token ids, 64 tokens are generated, greedily. Sequences start
+together, wave upon wave; what counts is the steady part of a wave, from the moment when all have their first token to
+the moment when the first one has its last, and of the loop the steps after the prompt. Server and loop take turns, each
+in a process of its own that is idle meanwhile.
+
+    python benchmarks/serving.py [classifying] [decoding] [--seconds 3] [--rounds 3] [--connections 64] [--threads 1]
 """
 
 from __future__ import annotations
@@ -43,6 +50,7 @@ from gpuplan.load.wire import Exchange, Pool, Target  # noqa: E402
 VOCABULARY = 4096
 TOKENS = 8
 BATCH = 64
+SEQUENCES, ANSWER = 16, 64
 DELAY_MS = 2
 WARM_S = 0.5
 START_S_MAX = 60.0
@@ -89,8 +97,32 @@ def classifying(options: argparse.Namespace) -> None:
 
 
 def decoding(options: argparse.Namespace) -> None:
-    """The place of tiny-chat: tokens/s at 16 sequences, at 1, and of a bare loop around the session."""
-    raise SystemExit("decoding: there is no decoding engine in this tree to measure")
+    with tempfile.TemporaryDirectory(prefix="gpuplan-serving-") as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        write_decoder(folder, options)
+        print(f"tiny-chat, {options.threads} ONNX Runtime thread(s), {TOKENS} prompt tokens, {ANSWER} generated")
+        url = stack.enter_context(gpuplan(folder, "/v1/completions"))
+        loop = stack.enter_context(bare_loop(options.threads))
+        turns: dict[str, Callable[[], float]] = {
+            "loop16": lambda: loop(SEQUENCES, options.seconds),
+            "served16": lambda: uvloop.run(stream(url, SEQUENCES, options.seconds)),
+            "loop1": lambda: loop(1, options.seconds),
+            "served1": lambda: uvloop.run(stream(url, 1, options.seconds)),
+        }
+        rates: dict[str, list[float]] = {turn: [] for turn in turns}
+        for _ in range(options.rounds):
+            for turn, rate in turns.items():
+                rates[turn].append(rate())
+    for size, served, looped in ((SEQUENCES, "served16", "loop16"), (1, "served1", "loop1")):
+        rate, bare_rate = (statistics.median(rates[turn]) for turn in (served, looped))
+        share = ratio(rates[served], rates[looped])
+        print(f"  {size:2} sequence(s): gpuplan {rate:5.0f} tokens/s, bare loop {bare_rate:5.0f}: {share:.1%} of it")
+    print(f"  {SEQUENCES} sequences / 1: x {ratio(rates['served16'], rates['served1']):.2f}")
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The median of each turn's ratio."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], None]] = {"classifying": classifying, "decoding": decoding}
@@ -143,9 +175,50 @@ async def load(url: str, connections: int, seconds: float) -> Load:
     return Load(len(waits_s) / seconds, p50, p99)
 
 
+async def stream(url: str, sequences: int, seconds: float) -> float:
+    """Tokens per second of the steady part of waves of sequences, the median over waves for `seconds`."""
+    target = Target.parse(url)
+    pool = Pool(target, timeout_s=30)
+    rng = np.random.default_rng(7)
+    asked = {"model": "chat", "max_tokens": ANSWER, "temperature": 0, "ignore_eos": True, "stream": True}
+    rates: list[float] = []
+
+    async def wave() -> float:
+        exchanges = [Exchange() for _ in range(sequences)]
+        payloads = []
+        for _ in exchanges:
+            body = {**asked, "prompt": rng.integers(97, 123, TOKENS).tolist()}
+            payloads.append(target.request("POST", "", msgspec.json.encode(body)))
+        await asyncio.gather(*(pool.send(*pair) for pair in zip(payloads, exchanges, strict=True)))
+        times = [token_times_s(exchange, url) for exchange in exchanges]
+        begin_s, end_s = max(t[0] for t in times), min(t[-1] for t in times)
+        counted = sum(begin_s < at_s <= end_s for t in times for at_s in t)
+        return counted / (end_s - begin_s)
+
+    await pool.warm(sequences)
+    try:
+        await wave()
+        end_s = time.monotonic() + seconds
+        while time.monotonic() < end_s:
+            rates.append(await wave())
+    finally:
+        pool.close()
+    return statistics.median(rates)
+
+
+def token_times_s(exchange: Exchange, url: str) -> list[float]:
+    """When each token came. Greedy tokens of tiny-chat are letters, so each has an event of its own."""
+    if exchange.error or exchange.status != 200:
+        raise SystemExit(f"{url} answered {exchange.error or exchange.status}: {exchange.pieces}")
+    times = [at_s for at_s, piece in exchange.pieces for _ in range(piece.count(b'"finish_reason":null'))]
+    if len(times) != ANSWER:
+        raise SystemExit(f"{url} streamed {len(times)} events for {ANSWER} tokens")
+    return times
+
+
 def offline_s(folder: Path, threads: int, size: int) -> float:
     """Median seconds of a `session.run` on a batch of that size."""
-    session = session_of(folder, threads)
+    session = session_of(str(folder / "model.onnx"), threads)
     ids = np.random.default_rng(7).integers(1, VOCABULARY, (size, TOKENS))
     times = []
     for _ in range(60):
@@ -204,14 +277,25 @@ def write_model(folder: Path, options: argparse.Namespace) -> None:
     (folder / "scenario.yaml").write_text(json.dumps(scenario))  # JSON is YAML
 
 
-def session_of(folder: Path, threads: int) -> Any:
+def write_decoder(folder: Path, options: argparse.Namespace) -> None:
+    """A scenario that serves tiny-chat on the CPU."""
+    replica = {"model": "chat", "slice": "cpu", "threads": options.threads, "worker": options.worker}
+    scenario = {
+        "name": "decoding-benchmark",
+        "models": {"chat": {"builtin": "tiny-chat"}},
+        "deployment": {"gpu": "cpu", "replicas": [replica], "batching": {"chat": {"max_batch_size": SEQUENCES}}},
+    }
+    (folder / "scenario.yaml").write_text(json.dumps(scenario))
+
+
+def session_of(model: str | bytes, threads: int) -> Any:
     """The session as gpuplan's engine opens it: the same threads, no spinning."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return ort.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def answers(session: Any, batch: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
@@ -254,9 +338,23 @@ def bare(folder: Path, threads: int) -> Iterator[str]:
 
 
 @contextlib.contextmanager
+def bare_loop(threads: int) -> Iterator[Callable[[int, float], float]]:
+    """The loop's process; the function runs it on a batch of that size for so many seconds and gives its tokens/s."""
+    with process([sys.executable, __file__, "--loop-bare"], {THREADS: str(threads)}) as looping:
+
+        def rate(rows: int, seconds: float) -> float:
+            looping.stdin.write(f"{rows} {seconds}\n")
+            looping.stdin.flush()
+            return float(looping.stdout.readline())
+
+        yield rate
+
+
+@contextlib.contextmanager
 def process(command: list[str], told: dict[str, str]) -> Iterator[Any]:
     environment = {**os.environ, "PYTHONPATH": str(TREE), "OMP_NUM_THREADS": "1", **told}
-    server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    server = subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes)
     try:
         yield server
     finally:
@@ -307,12 +405,55 @@ class Bare(asyncio.Protocol):
 
 
 async def serve_bare() -> None:
-    Bare.session = session_of(Path(os.environ[FOLDER]), int(os.environ[THREADS]))
+    Bare.session = session_of(str(Path(os.environ[FOLDER]) / "model.onnx"), int(os.environ[THREADS]))
     server = await asyncio.get_running_loop().create_server(Bare, "127.0.0.1", 0)
     print(server.sockets[0].getsockname()[1], flush=True)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.close)
     with contextlib.suppress(asyncio.CancelledError):
         await server.serve_forever()
+
+
+def loop_bare() -> None:
+    """Runs waves as told by lines of rows and seconds, and answers each with the median wave's tokens/s."""
+    from gpuplan.serve.builtin import tiny_chat
+
+    session = session_of(tiny_chat.model(), int(os.environ[THREADS]))
+    for line in sys.stdin:
+        rows, seconds = line.split()
+        end_s = time.monotonic() + float(seconds)
+        rates = [wave(session, int(rows))]
+        while time.monotonic() < end_s:
+            rates.append(wave(session, int(rows)))
+        print(statistics.median(rates[1:] or rates), flush=True)
+
+
+def wave(session: Any, rows: int) -> float:
+    """One prompt for each row, then a token a step from the cache of the step before: tokens/s after the prompts."""
+    import onnxruntime as ort
+
+    pasts = [value.name for value in session.get_inputs() if value.name.startswith("past_key_values.")]
+    heads, head = (session.get_inputs()[-1].shape[axis] for axis in (1, 3))
+    cache = [ort.OrtValue.ortvalue_from_numpy(np.zeros((rows, heads, 0, head), np.float32)) for _ in pasts]
+    ids = np.random.default_rng(7).integers(97, 123, (rows, TOKENS))
+    begun_s = columns = 0
+    for step in range(ANSWER):
+        width = ids.shape[1]
+        binding = session.io_binding()
+        binding.bind_cpu_input("input_ids", ids)
+        binding.bind_cpu_input("attention_mask", np.ones((rows, columns + width), np.int64))
+        binding.bind_cpu_input("position_ids", np.tile(np.arange(columns, columns + width), (rows, 1)))
+        for name, value in zip(pasts, cache, strict=True):
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output("logits", "cpu")
+        for name in pasts:
+            binding.bind_output(name.replace("past_key_values.", "present."), "cpu")
+        session.run_with_iobinding(binding)
+        logits, *cache = binding.get_outputs()
+        ids = logits.numpy()[:, -1].argmax(axis=1)[:, None]
+        columns += width
+        if step == 0:
+            begun_s = time.perf_counter()
+    return rows * (ANSWER - 1) / (time.perf_counter() - begun_s)
 
 
 def main() -> None:
@@ -326,9 +467,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="ONNX Runtime's, in every server")
     parser.add_argument("--worker", choices=("process", "thread"), default="process", help="where gpuplan computes")
     parser.add_argument("--serve-bare", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--loop-bare", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve_bare:
         uvloop.run(serve_bare())
+    elif options.loop_bare:
+        loop_bare()
     else:
         for name in options.what:
             BENCHMARKS[name](options)

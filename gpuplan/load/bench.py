@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from gpuplan import __version__
-from gpuplan.errors import RunError
+from gpuplan.errors import InputError, RunError
 from gpuplan.load import protocols
 from gpuplan.load.replayer import Replay
 from gpuplan.load.targets import opened
@@ -31,9 +31,10 @@ from gpuplan.record.recorder import assemble
 from gpuplan.record.run import Run, RunMeta
 from gpuplan.scenario import deployment as supply
 from gpuplan.scenario import files
-from gpuplan.scenario.demand import Scenario
+from gpuplan.scenario.demand import ModelSource, Scenario
 from gpuplan.scenario.deployment import Deployment
 from gpuplan.scenario.schedule import Schedule
+from gpuplan.serve import model_files
 from gpuplan.telemetry import choice, nvml
 from gpuplan.telemetry.sampler import HZ
 
@@ -100,8 +101,11 @@ async def bench(
         sample_hz=options.sample_hz,
         telemetry=options.telemetry,
     ) as target:
+        vocabularies = {name: _vocabulary(source) for name, source in scenario.models.items()}
         payloads = [
-            protocols.request_bytes(apis[r.model], target.target, r, scenario.seed, options.headers)
+            protocols.request_bytes(
+                apis[r.model], target.target, r, scenario.seed, options.headers, vocabularies[r.model]
+            )
             for r in schedule.requests
         ]
         pool = Pool(target.target, timeout_s=options.timeout_s)
@@ -150,6 +154,16 @@ async def bench(
         gpuplan_version=__version__,
     )
     return Run(meta, *tables, decisions=server.decisions if server else ())
+
+
+def _vocabulary(source: ModelSource) -> Any:
+    """What counts the model's tokens; None where words do: for an emulated model, and where the files are not here."""
+    if source.emulated:
+        return None
+    try:
+        return model_files.vocabulary(source.onnx or f"{model_files.BUILTIN}{source.builtin}")
+    except InputError:
+        return None
 
 
 async def _reach(pool: Pool, target: Target, requests: int) -> None:

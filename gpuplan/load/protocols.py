@@ -54,15 +54,24 @@ def api_for(name: str | None, role: Role) -> Api:
     return APIS[name]
 
 
-def prompt_text(tokens: int, seed: str) -> str:
-    """`tokens` words, the same for the same seed."""
+def prompt_text(tokens: int, seed: str, vocabulary: Any = None) -> str:
+    """A text of `tokens` words, the same for the same seed; with a `tokenizers.Tokenizer`, one that it counts as that
+    many tokens, special ones included (where it joins letters over the cut, a token less or more)."""
     rng = random.Random(seed)  # noqa: S311 - not for secrets
-    return " ".join(rng.choices(_WORDS, k=tokens))
+    text = " ".join(rng.choices(_WORDS, k=tokens))
+    if vocabulary is None:
+        return text
+    encoded = vocabulary.encode(text)
+    own = [end for (_, end), special in zip(encoded.offsets, encoded.special_tokens_mask, strict=True) if not special]
+    kept = max(tokens - (len(encoded.offsets) - len(own)), 1)
+    return text[: own[kept - 1]] if kept < len(own) else text
 
 
-def request_bytes(api: Api, target: Target, request: ScheduledRequest, seed: int, headers: dict[str, str]) -> bytes:
-    """All of one request, ready to send."""
-    text = prompt_text(request.prompt_tokens, f"{seed}/{request.index}")
+def request_bytes(
+    api: Api, target: Target, request: ScheduledRequest, seed: int, headers: dict[str, str], vocabulary: Any = None
+) -> bytes:
+    """All of one request, ready to send; `vocabulary` counts the prompt's tokens, without it they are words."""
+    text = prompt_text(request.prompt_tokens, f"{seed}/{request.index}", vocabulary)
     body = msgspec.json.encode(api.body(request.model, text, request.output_tokens))
     return target.request("POST", api.path, body, {"X-Request-Id": str(request.index), **headers})
 

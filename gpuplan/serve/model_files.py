@@ -42,19 +42,27 @@ def read(source: str) -> ModelFiles:
     if source.startswith(BUILTIN):
         return _builtin(source.removeprefix(BUILTIN))
     model = Path(source)
-    vocabulary = _vocabulary_beside(model)
+    found = _vocabulary_beside(model)
     config = onnx_files.config_beside(model)
     return ModelFiles(
         model,
-        lambda text: vocabulary.encode(text).ids,
-        vocabulary,
+        lambda text: found.encode(text).ids,
+        found,
         labels(config),
         _end_ids(config),
         pad_id=pad if isinstance(pad := config.get("pad_token_id"), int) and pad >= 0 else 0,
         context_tokens_max=onnx_files.window_of(config),
-        vocabulary_size=_vocabulary_size(config, vocabulary),
+        vocabulary_size=_vocabulary_size(config, found),
         multi_label=config.get("problem_type") == "multi_label_classification",
     )
+
+
+def vocabulary(source: str) -> Any:
+    """The model's `tokenizers.Tokenizer` alone; None for a built-in that counts words. Raises InputError as `read`."""
+    if not source.startswith(BUILTIN):
+        return _vocabulary_beside(Path(source))
+    made = importlib.import_module(builtin_module(source.removeprefix(BUILTIN)))
+    return made.vocabulary() if hasattr(made, "vocabulary") else None
 
 
 def labels(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -101,12 +109,12 @@ def _vocabulary_beside(model: Path) -> Any:
     from tokenizers import Tokenizer
 
     try:
-        vocabulary = Tokenizer.from_file(str(file))
+        found = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises bare Exceptions
         raise InputError(f"not a tokenizer: {error}", key="models", value=str(file)) from None
-    vocabulary.no_padding()
-    vocabulary.no_truncation()
-    return vocabulary
+    found.no_padding()
+    found.no_truncation()
+    return found
 
 
 def _vocabulary_size(config: Mapping[str, Any], vocabulary: Any) -> int:

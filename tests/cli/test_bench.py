@@ -85,6 +85,21 @@ def test_onnx_on_the_cpu_is_measured_on_the_cpu(tmp_path: Path) -> None:
     assert plan["service_times"][0]["basis"] == "fitted"
 
 
+def test_tokens_generated_on_the_cpu_are_counted_as_the_model_counts_them(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = gpuplan("bench", ROOT / "scenarios/tiny-chat.yaml", "--duration", "4s", "--no-plan", "--out", run)
+    assert done.returncode == 0, done.stderr
+    summary, meta = load(run / "summary.json"), load(run / "run.json")
+    assert meta["provenance"] == {"chat": "cpu", "embed": "cpu"}
+    assert summary["overall"]["completed"] == summary["overall"]["requests"]
+    record = store.read(run)
+    asked = record.requests[record.requests["model"] == "chat"]
+    steps = record.batches[record.batches["model"] == "chat"]
+    assert (asked["tokens"] == asked["output_tokens"]).all()
+    assert steps["prefill_tokens"].sum() == asked["prompt_tokens"].sum(), "a token is a byte, not a word"
+    assert steps["samples"].sum() == asked["output_tokens"].sum()
+
+
 def test_somebody_elses_server_is_measured_by_url(short: Path, tmp_path: Path) -> None:
     server = subprocess.Popen(command("serve", short, "--port", "0", "--json"), stdout=subprocess.PIPE, text=True)
     try:

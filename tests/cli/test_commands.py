@@ -20,7 +20,7 @@ def test_every_example_is_sound_and_says_what_it_shows(file: Path) -> None:
 
 @pytest.mark.parametrize("file", [f for f in SCENARIOS if "gpu: cpu" not in f.read_text()], ids=lambda f: f.stem)
 def test_every_example_on_a_card_can_be_simulated(file: Path, tmp_path: Path) -> None:
-    """The one on the CPU has to be measured, and is in test_bench."""
+    """Those on the CPU have to be measured, and are in test_bench."""
     done = gpuplan("simulate", file, "--out", tmp_path / "run", "--json")
     assert done.returncode == 0, done.stderr
     overall = json.loads(done.stdout)["summary"]["overall"]

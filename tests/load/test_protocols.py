@@ -155,3 +155,25 @@ def test_an_embedding_is_one_object_with_a_vector(body: bytes, status: str, mess
     answer = protocols.read_answer(api, asked, asyncio.run(make()), start_s=100.0, warmup_s=0.0)
     assert (answer.status, answer.message) == (status, message)
     assert answer.done_s == pytest.approx(1.2)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 100, 500])
+def test_a_prompt_has_as_many_tokens_as_the_models_own_tokenizer_counts(tokens: int) -> None:
+    from gpuplan.serve import model_files
+
+    bytewise = model_files.vocabulary("builtin:tiny-chat")
+    assert len(bytewise.encode(protocols.prompt_text(tokens, "1/1", bytewise)).ids) == tokens
+    assert model_files.vocabulary("builtin:sentiment") is None, "it counts words"
+    assert len(protocols.prompt_text(tokens, "1/1").split()) == tokens
+
+
+@pytest.mark.parametrize("tokens", [3, 9, 40])
+def test_special_tokens_are_part_of_the_prompt(tokens: int) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    framed = Tokenizer(models.WordLevel({"[CLS]": 0, "[SEP]": 1, "[UNK]": 2}, "[UNK]"))
+    framed.pre_tokenizer = pre_tokenizers.Whitespace()
+    framed.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 1)]
+    )
+    assert len(framed.encode(protocols.prompt_text(tokens, "1/1", framed)).ids) == tokens

@@ -22,7 +22,7 @@ from gpuplan.serve.engines.decoder import Decoder
 from gpuplan.serve.engines.detokenize import TextStream, Vocabulary
 from gpuplan.serve.engines.kv_cache import Block, Surgeon
 from gpuplan.serve.engines.sampling import Chosen, Draw, choose
-from gpuplan.serve.engines.session import EngineSpec, described, first_line, memory_watched
+from gpuplan.serve.engines.session import CPU_PROVIDER, EngineSpec, described, first_line, memory_watched
 
 NAN_OUTPUT = "nan_output"
 NO_TEXT = "detokenize_error"
@@ -41,6 +41,8 @@ class _Padding:
 # A padded column of cache is memory that is read for nothing, a second run is all weights read again: the weights of
 # llama-3-8b are as much as the cache of 120,000 tokens. What bounds the share is the memory.
 _DECODE_PADDING = _Padding(0.5, 16)
+# On the CPU memory is not what is short: 256 columns of tiny-chat are a fiftieth of its weights.
+_DECODE_PADDING_CPU = _Padding(0.5, 256)
 # A padded token of a prompt is computed like any other.
 _PREFILL_PADDING = _Padding(0.1, 4)
 _NO_PADDING = _Padding(0.0, 0)
@@ -173,7 +175,8 @@ class GenerationEngine:
         if exact and len(blocks) == 1:
             return blocks
         lengths = {request_id: block.lengths[block.row(request_id)] for request_id, block in held.items()}
-        groups = self._grouped(lengths, _DECODE_PADDING)
+        allowed = _DECODE_PADDING_CPU if self._spec.provider == CPU_PROVIDER else _DECODE_PADDING
+        groups = self._grouped(lengths, allowed)
         if exact and len(blocks) <= len(groups):
             return blocks
         return [self._surgeon.arranged([(request_id, held[request_id]) for request_id in group]) for group in groups]

@@ -156,6 +156,15 @@ def test_padding_is_bounded(driver: Driver) -> None:
     driver.engine.release(requests)
 
 
+def test_on_the_cpu_a_short_row_does_not_run_alone_beside_a_long_one(driver: Driver) -> None:
+    """A second run would read all weights again, which is dearer than 200 columns for nothing."""
+    requests = [driver.begin("short"), driver.begin("long" * 50)]
+    driver.step(reads=dict.fromkeys(requests, 0))
+    driver.step(requests)
+    assert len({id(driver.engine._sequences[request].block) for request in requests}) == 1
+    driver.engine.release(requests)
+
+
 class Failing:
     """A session that raises at its next runs."""
 
