@@ -113,6 +113,10 @@ class Server:
         """The prompt as the model's engine counts it."""
         return Prompt(text, self.fleet.engines[self.fleet.serving[model][0]].tokenize(text))
 
+    def vocabulary_size(self, model: str) -> int | None:
+        """One more than the largest token id that the model knows, where that is known."""
+        return self.fleet.engines[self.fleet.serving[model][0]].vocabulary_size
+
     def submit(self, model: str, prompt: Prompt, *, output_tokens: int, client_id: str = "") -> Ticket:
         """Gives the request to the core; what comes of it is read from the ticket."""
         self._next_id += 1

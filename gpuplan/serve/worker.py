@@ -88,7 +88,9 @@ class _Worker:
 
     def __init__(self, spec: EngineSpec, encode: Any = None) -> None:
         self.spec = spec
-        self._encode = encode or model_files.read(spec.source).encode
+        files = None if encode else model_files.read(spec.source)
+        self._encode = files.encode if files else encode
+        self.vocabulary_size = files.vocabulary_size if files else None
         self.description = f"ONNX Runtime, {spec.provider}"
         self._notes: list[str] = []
         self.provenance: Provenance = "cpu" if spec.provider == CPU_PROVIDER else "hardware"

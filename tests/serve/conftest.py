@@ -37,6 +37,7 @@ class FakeEngine:
     description = "fake"
     provenance: Provenance = "emulated"
     late_s: float | None = None
+    vocabulary_size: int | None = None
 
     def __init__(self) -> None:
         self.gate = asyncio.Event()

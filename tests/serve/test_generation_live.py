@@ -60,7 +60,7 @@ def test_text_is_the_same_alone_among_others_and_after_a_crash() -> None:
     run(TALK, scene)
 
 
-def test_what_fits_no_cache_is_refused_with_the_limit() -> None:
+def test_what_fits_no_cache_or_vocabulary_is_refused_with_the_limit() -> None:
     small = {**TALK["deployment"], "replicas": [{"model": "chat", "slice": "cpu", "kv_cache_tokens": 100}]}  # type: ignore[dict-item]
 
     async def scene(client: httpx.AsyncClient, service: Service) -> None:
@@ -69,5 +69,8 @@ def test_what_fits_no_cache_is_refused_with_the_limit() -> None:
         assert refused.status_code == 400
         assert "90 prompt tokens and 20 to generate" in refused.text and "holds 100 in all" in refused.text
         assert (await client.post("/v1/completions", json={**body, "max_tokens": 5})).status_code == 200
+        unknown = await client.post("/v1/completions", json={**body, "prompt": [72, 260]})
+        assert (unknown.status_code, unknown.json()["error"]["param"]) == (400, "prompt")
+        assert "token id 260 is not in the vocabulary of 260" in unknown.text
 
     run({**TALK, "deployment": small}, scene)

@@ -78,11 +78,13 @@ class Output(Struct, frozen=True, array_like=True):
 
 class Engine(Protocol):
     """`description` and `provenance` say what really runs, for logs and reports. `late_s` is how much later than the
-    card it emulates would have its last step ended; None for an engine whose time is its own."""
+    card it emulates would have its last step ended; None for an engine whose time is its own. `vocabulary_size` bounds
+    token ids, where that is known."""
 
     description: str
     provenance: Provenance
     late_s: float | None
+    vocabulary_size: int | None
 
     def tokenize(self, text: str) -> Sequence[int]:
         """Token ids of a text."""

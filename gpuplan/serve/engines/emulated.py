@@ -48,6 +48,7 @@ class EmulatedEngine:
         self._steps = 0
         self._late_steps = 0
         self.late_s: float | None = None
+        self.vocabulary_size = answers.vocabulary_size if answers else None
         self.description = f"emulated {shape.name} on {card.name} {part.name}"
 
     def tokenize(self, text: str) -> Sequence[int]:

@@ -270,6 +270,9 @@ class App:
         """A text as the model counts it, or token ids as they are. Raises Refusal for one that is empty or does not
         fit the model's context together with `tokens_max` more."""
         if not isinstance(given, str):
+            size = self._server.vocabulary_size(model.name)
+            if given and size is not None and max(given) >= size:
+                raise Refusal(400, f"token id {max(given)} is not in the vocabulary of {size}", param=param)
             prompt = Prompt("", given)
         elif given.strip():
             prompt = self._server.tokenize(model.name, given)
