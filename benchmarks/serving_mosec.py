@@ -17,7 +17,7 @@ from serving import BATCH, DELAY_MS, FOLDER, THREADS, Asked, answers, session_of
 class Classifier(Worker):
     def __init__(self) -> None:
         super().__init__()
-        self._session = session_of(Path(os.environ[FOLDER]), int(os.environ[THREADS]))
+        self._session = session_of(Path(os.environ[FOLDER]) / "model.onnx", int(os.environ[THREADS]))
         self._decode, self._encode = msgspec.json.Decoder(Asked).decode, msgspec.json.Encoder().encode
 
     def deserialize(self, data: bytes) -> list[int]:
