@@ -89,7 +89,8 @@ def document(found: Findings) -> dict[str, Any]:
 def _verdict(deployment: Deployment, seeds: dict[int, Summary], meets: bool, asked: bool) -> str:
     what = describe(deployment)
     if meets:
-        met = "meets every SLO" if asked else "serves what is asked (no SLO was asked)"
+        s = "s" if what.startswith("1 ") else ""
+        met = f"meet{s} every SLO" if asked else f"serve{s} what is asked (no SLO was asked)"
         return f"{what} {met} on {len(seeds)} simulated seeds"
     failing = [figures for figures in seeds.values() if not figures["meets_slos"]]
     return f"no plan found that holds: {what} misses {tightest_slo(failing)}"
