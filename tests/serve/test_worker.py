@@ -226,15 +226,13 @@ def test_what_kills_workers_is_found_and_its_batch_mates_are_answered() -> None:
     serve(scene)
 
 
-def test_another_replica_takes_over_at_once() -> None:
+def test_another_replica_takes_over() -> None:
     async def scene(server: Server, heard: Heard) -> None:
         (running,) = ask(server, "slow")
         pid = server.fleet.engines["m-0"].pid  # type: ignore[attr-defined]
         await asyncio.sleep(0.05)
-        begun_s = time.monotonic()
         os.kill(pid, signal.SIGKILL)
-        assert await answer(running) == "ok"
-        assert time.monotonic() - begun_s < 0.5, "it did not wait for the other to come back"
+        assert [output.text async for output in running] == [f"m-1:{server.fleet.engines['m-1'].pid}"]  # type: ignore[attr-defined]
         while heard.events[-1] != "m-0 up":
             await asyncio.sleep(0.01)
         assert server.core.ready()
