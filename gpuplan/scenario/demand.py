@@ -126,6 +126,9 @@ class ShapeSpec(Section, frozen=True):
     name: Annotated[str, Meta(min_length=1, max_length=128)] = "own"
 
 
+BuiltinName = Literal["sentiment", "embed", "tiny-chat"]
+
+
 class ModelSource(Section, frozen=True):
     """Exactly one of: `builtin` (a model the package makes itself), `onnx` (a file), `emulate` (a known shape's name),
     `shape` (one's own, or the path of a Hugging Face `config.json`, which `files.load` replaces by what it says).
@@ -134,7 +137,7 @@ class ModelSource(Section, frozen=True):
     gets back, the window in tokens (prompt and output together), and the transformer by its numbers.
     """
 
-    builtin: Literal["sentiment", "embed", "tiny-chat"] | None = None
+    builtin: BuiltinName | None = None
     onnx: str | None = None
     emulate: str | None = None
     shape: ShapeSpec | str | None = None

@@ -21,12 +21,13 @@ BUILTIN = "builtin:"
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """`model` is a path or a serialised graph, `encode` gives a text's token ids; `vocabulary` is the
-    `tokenizers.Tokenizer` behind it, which decoders turn ids back into text with (None: there is no way back).
-    `end_ids` are the tokens that end a text. `context_tokens_max` is the window and `vocabulary_size` the number of
-    token ids, None where nobody says; `multi_label`: several labels may hold at once."""
+    """`make` gives `model`, a path or a serialised graph: not before it is asked for, as a server whose workers are
+    processes only needs the rest. `encode` gives a text's token ids; `vocabulary` is the `tokenizers.Tokenizer` behind
+    it, which decoders turn ids back into text with (None: there is no way back). `end_ids` are the tokens that end a
+    text. `context_tokens_max` is the window and `vocabulary_size` the number of token ids, None where nobody says;
+    `multi_label`: several labels may hold at once."""
 
-    model: Path | bytes
+    make: Callable[[], Path | bytes]
     encode: Callable[[str], Sequence[int]]
     vocabulary: Any = None
     labels: tuple[str, ...] = ()
@@ -35,6 +36,10 @@ class ModelFiles:
     context_tokens_max: int | None = None
     vocabulary_size: int | None = None
     multi_label: bool = False
+
+    @property
+    def model(self) -> Path | bytes:
+        return self.make()
 
 
 def read(source: str) -> ModelFiles:
@@ -45,7 +50,7 @@ def read(source: str) -> ModelFiles:
     found = _vocabulary_beside(model)
     config = onnx_files.config_beside(model)
     return ModelFiles(
-        model,
+        lambda: model,
         lambda text: found.encode(text).ids,
         found,
         labels(config),
@@ -89,7 +94,7 @@ def _builtin(name: str) -> ModelFiles:
     shape = shapes.shape(name)
     decodes = shape.role == "decoder"
     return ModelFiles(
-        made.model(),
+        made.model,
         made.token_ids,
         made.vocabulary() if decodes else None,
         labels=getattr(made, "LABELS", ()),

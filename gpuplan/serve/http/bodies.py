@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, cast
 import msgspec
 from msgspec import Meta, Struct
 
+from gpuplan.scenario.demand import BuiltinName
 from gpuplan.serve.engines import Sampling
 from gpuplan.serve.http.errors import Refusal
 
@@ -39,7 +40,7 @@ class Swap(Struct, forbid_unknown_fields=True):
 
     model: str
     onnx: str | None = None
-    builtin: Literal["sentiment", "embed", "tiny-chat"] | None = None
+    builtin: BuiltinName | None = None
     emulate: str | None = None
     mode: Literal["beside", "drain"] = "beside"
 
