@@ -13,7 +13,17 @@ from msgspec import Struct
 
 from gpuplan.hardware.roofline import StepLoad
 
-RejectReason = Literal["queue_full", "draining", "no_replica", "too_long"]
+RejectReason = Literal[
+    "queue_full",  # the model's queue, or all places of the server: it is overloaded
+    "class_full",  # as many of its class wait as may
+    "rate_limited",  # its class or its key has used up what it may ask for
+    "deadline",  # by the estimate its answer would come too late
+    "circuit_open",  # the model fails again and again
+    "draining",
+    "no_replica",
+    "too_long",
+]
+BreakerState = Literal["closed", "open", "half_open"]
 OUT_OF_MEMORY = "out_of_memory"
 """The reason of a step that its replica had no memory for: such a step is split, and smaller ones follow."""
 
@@ -25,14 +35,28 @@ class Word(Struct, frozen=True, tag_field="type", tag=True, omit_defaults=True):
 # --- events -------------------------------------------------------------------------------------------------------
 
 
+class Knock(Word, frozen=True):
+    """A request is at the door, and nothing of it has been read but its head: it takes a place, or is refused. What
+    comes of it is an `Arrive` or a `Cancel`."""
+
+    request_id: int
+    traffic_class: str = ""
+    key: str = ""
+
+
 class Arrive(Word, frozen=True):
-    """A request has come. `output_tokens` is the most it may get; 0 for a model that answers in one step."""
+    """A request has come. `output_tokens` is the most it may get; 0 for a model that answers in one step. `timeout_s`
+    is how long its client waits for all of the answer, from here on. `key` names whose request it is, for rate limits.
+    """
 
     request_id: int
     model: str
     prompt_tokens: int
     output_tokens: int = 0
     client_id: str = ""
+    traffic_class: str = ""
+    key: str = ""
+    timeout_s: float | None = None
 
 
 class StepDone(Word, frozen=True):
@@ -107,7 +131,8 @@ class Wake(Word, frozen=True):
 
 
 Event = (
-    Arrive
+    Knock
+    | Arrive
     | StepDone
     | StepFailed
     | Cancel
@@ -129,6 +154,17 @@ class Reject(Word, frozen=True):
     request_id: int
     reason: RejectReason
     retry_after_s: float = 0.0
+
+
+class Assign(Word, frozen=True):
+    """A request waits for this replica, `ahead` others before it, and should have its answer after `expected_s`.
+    `taken_from` names the replica that it waited for until now. For the log: nothing is to be done."""
+
+    request_id: int
+    replica_id: str
+    ahead: int
+    expected_s: float
+    taken_from: str = ""
 
 
 class Prefill(Struct, frozen=True, array_like=True):
@@ -175,7 +211,35 @@ class Unload(Word, frozen=True):
     replica_id: str
 
 
-Action = Reject | RunStep | Complete | Fail | Unload
+class Trip(Word, frozen=True):
+    """A circuit breaker has changed its state: of a replica, or of a model as a whole. For the log and for metrics."""
+
+    name: str
+    state: BreakerState
+    reason: str
+
+
+class Scale(Word, frozen=True):
+    """So many replicas of the model are wanted from here on, and why. For the log and for metrics."""
+
+    model: str
+    replicas: int
+    reason: str
+
+
+class StartReplica(Word, frozen=True):
+    """Load a replica that stands by; `ReplicaUp` follows when it serves."""
+
+    replica_id: str
+
+
+class StopReplica(Word, frozen=True):
+    """Nothing runs on the replica any more and none is needed there: free it. It stands by from here on."""
+
+    replica_id: str
+
+
+Action = Assign | Reject | RunStep | Complete | Fail | Unload | Trip | Scale | StartReplica | StopReplica
 
 
 class Decision(Struct, frozen=True):

@@ -185,11 +185,94 @@ class ReplicaSpec(Section, frozen=True):
     kv_cache_tokens: Annotated[int, Meta(ge=1, le=1_000_000_000)] | None = None
 
 
+# --- who is let in ------------------------------------------------------------------------------------------------
+
+
+class RateLimit(Section, frozen=True):
+    """A token bucket: so many requests and tokens (prompt and output together) a second, and at once as many as come
+    in `burst`."""
+
+    requests_per_s: Rate | None = None
+    tokens_per_s: Annotated[float, Meta(gt=0.0, le=1e9)] | None = None
+    burst: Annotated[float, Meta(gt=0.0, le=3600.0, extra={"duration": True})] = 1.0
+
+
+class ClassSpec(Section, frozen=True):
+    """How requests of one traffic class are treated. Priority 0 goes first (a lower number is served earlier, as in
+    vLLM); `max_queue_size` bounds those that wait; `deadline` runs from a request's arrival to the end of its answer.
+    """
+
+    priority: Annotated[int, Meta(ge=0, le=9)] = 0
+    max_queue_size: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
+    deadline: Annotated[float, Meta(gt=0.0, le=86_400.0, extra={"duration": True})] | None = None
+    rate_limit: RateLimit | None = None
+
+
+class AdmissionSpec(Section, frozen=True):
+    """Who is let in, and in which order the waiting go. `classes` are named as the scenario's traffic classes; a live
+    request names its own in the header `X-Traffic-Class`. `per_key` limits each API key. Whoever has waited for
+    `ageing` counts as one priority higher, and so on until it is at the front."""
+
+    classes: dict[Name, ClassSpec] = {}
+    per_key: RateLimit | None = None
+    ageing: Annotated[float, Meta(gt=0.0, le=3600.0, extra={"duration": True})] = 10.0
+
+
+class BreakerSpec(Section, frozen=True):
+    """When a replica, or a model as a whole, is taken for broken: after so many failures in a row, or when of the last
+    `window` outcomes this share has failed, or (a replica that has a sound neighbour) when its steps take `slow_factor`
+    times as long as they should. It is tried again, with one request, after `open`, and twice as long after each
+    failure of that (Nygard, Release It!, 2007)."""
+
+    consecutive_failures: Annotated[int, Meta(ge=1, le=1000)] = 5
+    failure_rate: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.5
+    window: Annotated[int, Meta(ge=1, le=10_000)] = 20
+    slow_factor: Annotated[float, Meta(gt=1.0, le=1000.0)] = 4.0
+    open: Annotated[float, Meta(gt=0.0, le=3600.0, extra={"duration": True})] = 5.0
+    open_max: Annotated[float, Meta(gt=0.0, le=86_400.0, extra={"duration": True})] = 60.0
+
+
+# --- what answers -------------------------------------------------------------------------------------------------
+
+
+class AutoscaleRule(Section, frozen=True):
+    """How many replicas of one model there are, and when that changes. New ones stand on free slices like the model's
+    first (or on those named by `slice`).
+
+    Thresholds: requests waiting per replica (`scale_up_at`, `scale_down_at`), the share of the KV cache in use, and the
+    share of the replicas' time that what arrives asks for. Any of them scales up; down it goes only below all. A change
+    within `tolerance` of what is there is none. Up goes what the whole of `scale_up_window` asked for, down what none
+    of `stabilization_window` needed (the windows of Kubernetes' Horizontal Pod Autoscaler); `cooldown` passes between
+    two changes. With `min_replicas` 0, the last one goes after `scale_to_zero_after` without a request.
+    """
+
+    max_replicas: Annotated[int, Meta(ge=1, le=1024)]
+    min_replicas: Annotated[int, Meta(ge=0, le=1024)] = 1
+    slice: str | None = None
+    metric: Literal["queue_depth_per_replica"] = "queue_depth_per_replica"
+    scale_up_at: Annotated[float, Meta(gt=0.0, le=1e6)] = 4.0
+    scale_down_at: Annotated[float, Meta(ge=0.0, le=1e6)] = 0.5
+    kv_scale_up_at: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.9
+    kv_scale_down_at: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.6
+    load_scale_up_at: Annotated[float, Meta(gt=0.0, le=10.0)] = 0.9
+    load_scale_down_at: Annotated[float, Meta(ge=0.0, le=10.0)] = 0.6
+    tolerance: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.1
+    scale_up_window: Annotated[float, Meta(ge=0.0, le=3600.0, extra={"duration": True})] | None = None
+    stabilization_window: Annotated[float, Meta(ge=0.0, le=86_400.0, extra={"duration": True})] = 300.0
+    cooldown: Annotated[float, Meta(ge=0.0, le=86_400.0, extra={"duration": True})] = 15.0
+    step_up_max: Annotated[int, Meta(ge=1, le=1024)] = 4
+    step_down_max: Annotated[int, Meta(ge=1, le=1024)] = 1
+    scale_to_zero_after: Annotated[float, Meta(ge=0.0, le=86_400.0, extra={"duration": True})] = 300.0
+
+
 class AutoscaleSpec(Section, frozen=True):
-    """`cold_start` is the time from asking for a replica until it serves."""
+    """`cold_start` is the time from asking for a replica until it serves; it is looked every `interval` whether
+    replicas are to come or go. Models not named in `models` keep the replicas that they have."""
 
     cold_start: Duration = 45.0
     max_gpus: Annotated[int, Meta(ge=1, le=1024)] = 8
+    interval: Annotated[float, Meta(ge=0.1, le=600.0, extra={"duration": True})] = 1.0
+    models: dict[Name, AutoscaleRule] = {}
 
 
 Cells = Annotated[int, Meta(ge=1, le=64)]
@@ -222,6 +305,8 @@ class DeploymentSpec(Section, frozen=True):
     replicas: list[ReplicaSpec] = []
     batching: dict[str, BatchingSpec] = {}
     autoscale: AutoscaleSpec = AutoscaleSpec()
+    admission: AdmissionSpec = AdmissionSpec()
+    breakers: BreakerSpec = BreakerSpec()
     price_per_hour: Annotated[float, Meta(ge=0.0)] | None = None
 
 

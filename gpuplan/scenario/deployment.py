@@ -16,8 +16,10 @@ from gpuplan.errors import InputError
 from gpuplan.hardware import catalog, mig, profiles, roofline, shapes
 from gpuplan.scenario import onnx_files
 from gpuplan.scenario.demand import (
+    AdmissionSpec,
     AutoscaleSpec,
     BatchingSpec,
+    BreakerSpec,
     DeploymentSpec,
     MigProfileSpec,
     ModelSource,
@@ -55,7 +57,8 @@ class Slice:
 @dataclass(frozen=True, slots=True)
 class Replica:
     """One copy of a model on one slice, which `processes` copies share. `kv_tokens_max` is None for a model without a
-    KV cache; `weights_kv_tokens` is how many tokens of KV cache a second version of the model would displace."""
+    KV cache; `weights_kv_tokens` is how many tokens of KV cache a second version of the model would displace. One that
+    stands by (`standby`) is started when the autoscaler asks for it and its slice is free."""
 
     id: str
     model: str
@@ -66,11 +69,13 @@ class Replica:
     weights_kv_tokens: int = 0
     worker: Literal["process", "thread"] = "process"
     threads: int | None = None
+    standby: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """The supply side: `gpu` is None for the host's CPU. `layouts` holds each card's profile names."""
+    """The supply side: `gpu` is None for the host's CPU. `layouts` holds each card's profile names. `traffic_classes`
+    are those told apart: the scenario's and those with rules of their own."""
 
     gpu: catalog.Gpu | None
     price_per_hour: float
@@ -80,6 +85,9 @@ class Deployment:
     batching: Mapping[str, BatchingSpec]
     autoscale: AutoscaleSpec
     models: Mapping[str, ModelSource]
+    admission: AdmissionSpec = AdmissionSpec()
+    breakers: BreakerSpec = BreakerSpec()
+    traffic_classes: tuple[str, ...] = ()
 
     @property
     def gpu_name(self) -> str:
