@@ -55,7 +55,7 @@ def serve(
     options = ServiceOptions(
         host=host,
         port=port,
-        api_key=api_key,
+        api_keys={"default": api_key} if api_key else {},
         admin_token=admin_token,
         models_dir=models_dir,
         allow_cpu=allow_cpu,
@@ -86,7 +86,7 @@ async def _serve(deployment: Any, options: Any, folder: Path | None, as_json: bo
             for model, engine in service.about()["engines"].items():
                 typer.echo(f"{model}: {engine}")
             typer.echo(f"listening on {service.url}  (Ctrl-C drains and stops)")
-        if options.host not in ("127.0.0.1", "::1", "localhost") and not options.api_key:
+        if options.host not in ("127.0.0.1", "::1", "localhost") and not options.api_keys:
             typer.echo("warning: listening beyond this machine without --api-key", err=True)
         await service.stopped()
     if folder is not None and service.recorder is not None:

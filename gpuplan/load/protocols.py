@@ -73,7 +73,8 @@ def request_bytes(
     """All of one request, ready to send; `vocabulary` counts the prompt's tokens, without it they are words."""
     text = prompt_text(request.prompt_tokens, f"{seed}/{request.index}", vocabulary)
     body = msgspec.json.encode(api.body(request.model, text, request.output_tokens))
-    return target.request("POST", api.path, body, {"X-Request-Id": str(request.index), **headers})
+    own = {"X-Request-Id": str(request.index), "X-Traffic-Class": request.traffic_class}
+    return target.request("POST", api.path, body, {**own, **headers})
 
 
 def read_answer(api: Api, request: ScheduledRequest, exchange: Exchange, *, start_s: float, warmup_s: float) -> Answer:

@@ -13,12 +13,13 @@ import numpy as np
 
 from gpuplan.errors import RunError
 from gpuplan.hardware.roofline import StepLoad
+from gpuplan.policy.cost import step_costs
 from gpuplan.record import summary
 from gpuplan.record.run import Run
 from gpuplan.scenario import files
 from gpuplan.scenario.deployment import place_of, resolve
 from gpuplan.scenario.schedule import Schedule, ScheduledRequest
-from gpuplan.sim.service_times import Fit, ServiceTimes, step_costs
+from gpuplan.sim.service_times import Fit, ServiceTimes
 from gpuplan.sim.simulator import simulate
 
 if TYPE_CHECKING:

@@ -1,9 +1,9 @@
 """What goes into a step.
 
-Models that answer in one step (classifiers, embedders): the oldest waiting requests, up to `max_batch_size`. An idle
+Models that answer in one step (classifiers, embedders): the first of its line, up to `max_batch_size`. An idle
 replica starts at once, unless company is to be expected: fewer wait than the last step answered, and that step has just
 ended, so those it answered may be on their way back. Then it waits until as many are there, at most `max_queue_delay`
-from the oldest's arrival.
+from the first one's arrival.
 
 Decoders: iteration-level batching (Yu et al., Orca, OSDI 2022). Every running sequence gets one token a step; new
 ones join between steps; at most `max_batch_tokens` tokens run in a step, so a long prompt is read in chunks and the
@@ -17,11 +17,11 @@ from gpuplan.policy.state import ModelState, ReplicaState, Sequence
 from gpuplan.policy.vocabulary import Prefill, RunStep
 
 
-def batch_due_s(model: ModelState) -> float:
-    """When the head of the queue may start as the oldest of a batch. The queue must not be empty."""
-    rule, arrived_s = model.batching, model.queue[0].arrived_s
-    expected = min(model.answered, rule.max_batch_size, rule.max_queue_size)
-    if len(model.queue) >= expected or arrived_s - model.answered_s > rule.max_queue_delay:
+def batch_due_s(model: ModelState, replica: ReplicaState, head: Sequence) -> float:
+    """When the replica may start a batch of which `head`, the next of its line, is the first."""
+    rule, arrived_s = model.batching, head.arrived_s
+    expected = min(replica.answered, rule.max_batch_size, rule.max_queue_size)
+    if len(replica.line) >= expected or arrived_s - replica.answered_s > rule.max_queue_delay:
         return arrived_s
     return arrived_s + rule.max_queue_delay
 
@@ -35,7 +35,7 @@ def single_step(model: ModelState, replica: ReplicaState, step_id: int, batch: l
         tuple(Prefill(s.request_id, s.prompt_tokens, True) for s in batch),
         (),
         StepLoad(longest * len(batch), longest * longest * len(batch), 0, 0, len(batch)),
-        len(model.queue),
+        model.waiting,
     )
 
 
@@ -66,5 +66,5 @@ def iteration(model: ModelState, replica: ReplicaState, step_id: int, group: lis
         tuple(prefills),
         tuple([s.request_id for s in decoding]),
         StepLoad(tokens, pairs, len(decoding), context_tokens, len(decoding) + first_tokens),
-        len(model.queue),
+        model.waiting,
     )

@@ -79,6 +79,16 @@ class Breaker:
             return self._reopen(reason, now_s)
         return self._open(reason, now_s) if self.state == "closed" else None
 
+    @property
+    def slow_factor(self) -> float:
+        """From how many times as long as they should on, steps are slow."""
+        return self._spec.slow_factor
+
+    @property
+    def probing(self) -> bool:
+        """Half-open, and the probe is out."""
+        return self._probing
+
     def due_s(self) -> float | None:
         """When it will be half-open, if it is open."""
         return self._due_s if self.state == "open" else None

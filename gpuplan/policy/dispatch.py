@@ -1,18 +1,115 @@
-"""Which replica a waiting sequence goes to: the least loaded that has room; ties go to the first in the deployment.
+"""Which replica a sequence waits for, and when another takes it over.
 
-The choice is made as late as possible: sequences wait in their model's queue, and a replica takes one only between
-two of its steps and only when it is the choice. So no replica hoards what another could start sooner.
+A sequence joins the line of the replica that should have its answer first: what runs and waits there, the time its own
+prompt and tokens take at that replica's pace, and KV cache that has to come free first, all count. So a slow slice gets
+what it can finish sooner than a fast one that is busy, and a replica that has become slow gets less. Ties go to the
+one with fewer sequences, then to the first in the deployment. Of more than MANY replicas two are looked at, chosen by
+the request's number (Mitzenmacher, The Power of Two Choices, 2001).
+
+Work stealing: a replica with room and nobody in its line takes the next of another's, from the one that would finish
+last, as long as the sequence is done sooner here than there. What has started is never moved.
 """
 
 from __future__ import annotations
 
+from typing import Protocol
+
+from gpuplan.policy.line import NOBODY, Ahead
 from gpuplan.policy.state import ModelState, ReplicaState, Sequence
 
+MANY = 16
+DIGITS = 6
+"""Estimates are in whole microseconds, so that a log replayed on a clock that began elsewhere gives the same ties."""
+CERTAIN = 0.75
+"""What could start at once counts for so much of the time it takes. A wait is an estimate: only where it is clearly
+worth it is a replica left without work."""
 
-def least_loaded(model: ModelState, sequence: Sequence) -> ReplicaState | None:
-    """The replica that should run `sequence`, or None while all are full."""
-    best: ReplicaState | None = None
-    for replica in model.replicas:
-        if replica.has_room_for(sequence) and (best is None or replica.running < best.running):
-            best = replica
-    return best
+
+class Dispatcher(Protocol):
+    """How the core places what has come. `chosen` gives None where no replica may take it."""
+
+    steals: bool
+
+    def chosen(self, model: ModelState, s: Sequence, *, now_s: float) -> ReplicaState | None: ...
+
+
+class ByCompletion:
+    """The rules above."""
+
+    steals = True
+
+    def chosen(self, model: ModelState, s: Sequence, *, now_s: float) -> ReplicaState | None:
+        replicas = model.replicas
+        if len(replicas) == 1:
+            only = replicas[0]
+            return only if only.welcomes and only.could_hold(s) else None
+        fit = [r for r in replicas if r.welcomes and r.could_hold(s)]
+        if len(fit) > MANY:
+            fit = _two_of(fit, s.request_id)
+        return min(fit, key=lambda r: (_weighed_s(r, s, now_s), r.running + len(r.line), r.order), default=None)
+
+
+def finish_s(replica: ReplicaState, s: Sequence, *, now_s: float, ahead: Ahead | None = None) -> float:
+    """Seconds until the sequence would be answered by this replica, behind `ahead` (left out: behind all in its line
+    that would go first)."""
+    if ahead is None:
+        ahead = replica.line.ahead_of(s.priority)
+    pace, free_s = replica.pace, free_after_s(replica, now_s)
+    if not s.output_tokens:
+        limit = replica.limit.limit
+        before = ahead.requests + replica.running * (replica.step is None)
+        steps = 1 + before // limit
+        return round(free_s + steps * pace.alone_s(0) + pace.prompt_s(ahead.prompt_tokens + s.prompt_tokens), DIGITS)
+    running = replica.running
+    together = running + ahead.requests + 1
+    sequences = min(together, replica.limit.limit)
+    context = replica.context_tokens + s.prompt_tokens
+    step_s = pace.decode_step_s(sequences, context)
+    start_s = free_s + pace.prompt_s(replica.prompts_left + ahead.prompt_tokens + s.prompt_tokens)
+    if running:
+        # Half of what a running one generates is still to come, on average; then its place and cache are free.
+        share = max(together - replica.limit.limit, 0) / running
+        limit_kv = replica.spec.kv_tokens_max
+        if limit_kv is not None and replica.kv_reserved:
+            missing = replica.kv_reserved + ahead.kv_tokens + s.kv_tokens - limit_kv
+            share = max(share, missing / replica.kv_reserved)
+        if share > 0:
+            start_s += share * step_s * replica.expected_tokens / running / 2
+    return round(start_s + s.expected_tokens * step_s, DIGITS)
+
+
+def free_after_s(replica: ReplicaState, now_s: float) -> float:
+    """Seconds until a step can start. What is late, a step or a replica that returns, is taken to be late for as long
+    again."""
+    if not replica.up:
+        return abs(replica.ready_s - now_s)
+    return abs(replica.step_ends_s - now_s) if replica.step is not None else 0.0
+
+
+def to_steal(model: ModelState, thief: ReplicaState, *, now_s: float) -> Sequence | None:
+    """Whom an idle replica with an empty line takes over next, if anybody."""
+    best: tuple[float, Sequence] | None = None
+    for victim in model.replicas:
+        s = victim.line.head()
+        if s is None or victim is thief or not thief.has_room_for(s) or (victim.idle and victim.has_room_for(s)):
+            continue
+        last_s = finish_s(victim, s, now_s=now_s)
+        if best is not None and last_s <= best[0]:
+            continue
+        here_s = CERTAIN * finish_s(thief, s, now_s=now_s, ahead=NOBODY)
+        if here_s <= finish_s(victim, s, now_s=now_s, ahead=NOBODY):
+            best = (last_s, s)
+    return best[1] if best else None
+
+
+def _weighed_s(replica: ReplicaState, s: Sequence, now_s: float) -> float:
+    seconds = finish_s(replica, s, now_s=now_s)
+    return CERTAIN * seconds if replica.idle and not replica.running and not len(replica.line) else seconds
+
+
+def _two_of(replicas: list[ReplicaState], request_id: int) -> list[ReplicaState]:
+    """Two different ones, by a hash that spreads consecutive numbers (Knuth's multiplicative one)."""
+    mixed = request_id * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+    first = (mixed >> 32) % len(replicas)
+    second = (first + 1 + (mixed & 0xFFFFFFFF) % (len(replicas) - 1)) % len(replicas)
+    return [replicas[first], replicas[second]]

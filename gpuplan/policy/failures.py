@@ -2,7 +2,7 @@
 
 A step that fails is split in halves, which take their turns on the same replica, and so on down to the one request
 that fails alone: it gets the error, its batch-mates get their answers. A step without memory is split too, and its
-replica runs smaller ones until enough have gone well.
+replica runs smaller ones for a while (`concurrency`).
 
 What was lost with a replica before it sent a token is tried once more, on another replica or on the same when it is
 back. Whoever was in the step that a replica died of is a suspect: it runs alone until it has a token, so that only the
@@ -15,31 +15,17 @@ from collections.abc import Mapping
 
 from gpuplan.policy import admission
 from gpuplan.policy.state import ModelState, ReplicaState, Sequence
+from gpuplan.policy.vocabulary import OUT_OF_MEMORY
 
 LOSSES_MAX = 2
-CALM_STEPS = 32
-"""So many steps that went well raise a lowered limit by one: memory comes back slowly, and a step lost to trying is
-dearer than one that is smaller than it could be (additive increase, multiplicative decrease, as in TCP)."""
+NOT_THE_MODEL = frozenset({"too_long", "bad_token", "no_replica", "replica_lost", "timeout", OUT_OF_MEMORY})
+"""Reasons that say nothing of whether a replica works: what a client did, and what is counted elsewhere."""
 
 
 def split(replica: ReplicaState, members: list[Sequence]) -> None:
     """Those of a failed step that are left run again, in halves, before anybody else does."""
     middle = (len(members) + 1) // 2
     replica.turns += [half for half in (members[middle:], members[:middle]) if half]
-
-
-def lower_limit(replica: ReplicaState, carried: int) -> None:
-    """A step of `carried` requests had no memory: half as many may run together."""
-    replica.batch_limit = max(min(replica.batch_limit, carried // 2), 1)
-    replica.calm_steps = 0
-
-
-def gone_well(replica: ReplicaState) -> None:
-    """A step of a replica with a lowered limit has run."""
-    replica.calm_steps += 1
-    if replica.calm_steps == CALM_STEPS:
-        replica.batch_limit += 1
-        replica.calm_steps = 0
 
 
 def next_turn(replica: ReplicaState, alive: Mapping[int, Sequence]) -> list[Sequence] | None:
@@ -51,14 +37,15 @@ def next_turn(replica: ReplicaState, alive: Mapping[int, Sequence]) -> list[Sequ
         group = [s for s in replica.turns.pop() if alive.get(s.request_id) is s]
         if group:
             return group
-    if replica.running <= replica.batch_limit:
+    size = replica.limit.memory_limit
+    if replica.running <= size:
         return None
-    everybody, size = list(replica.sequences()), replica.batch_limit
+    everybody = list(replica.sequences())
     replica.turns = [everybody[i : i + size] for i in range(0, len(everybody), size)][::-1]
     return replica.turns.pop()
 
 
 def may_try_elsewhere(model: ModelState, s: Sequence) -> bool:
     """Its replica is gone: it may run again if nothing was sent, it has not been lost too often, and there is room."""
-    free = len(model.queue) < model.batching.max_queue_size
+    free = model.waiting < model.batching.max_queue_size
     return not s.emitted and s.losses < LOSSES_MAX and free and admission.fits_somewhere(model, s)

@@ -1,46 +1,113 @@
-"""What the core remembers: sequences, replicas, and one queue per model. Changed only through `core.ServingCore`."""
+"""What the core remembers: sequences, replicas, and the line of those that wait for each. Changed only through
+`core.ServingCore`."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from typing import Literal
 
+from gpuplan.policy.breaker import Breaker
+from gpuplan.policy.concurrency import ConcurrencyLimit
+from gpuplan.policy.cost import Outputs, Pace
+from gpuplan.policy.line import Entry, Line
+from gpuplan.policy.rate_limits import RateLimiter
 from gpuplan.policy.vocabulary import RunStep
-from gpuplan.scenario.demand import BatchingSpec
+from gpuplan.scenario.demand import BatchingSpec, ClassSpec
 from gpuplan.scenario.deployment import Replica
 
+Phase = Literal["serving", "standby", "starting", "stopping", "version"]
+"""Where a replica is in its life, as the autoscaler sees it: a `version` is being loaded to take over from another."""
 DRAIN_WINDOW = 64
-"""Completions over which a model's drain rate is taken: long enough to smooth batches, short enough to follow load."""
+"""Completions over which a drain rate is taken: long enough to smooth batches, short enough to follow load."""
+
+
+class DrainRate:
+    """How fast those that wait get their turn, by the last completions."""
+
+    __slots__ = ("_times_s",)
+
+    def __init__(self) -> None:
+        self._times_s: deque[float] = deque(maxlen=DRAIN_WINDOW)
+
+    def completed(self, now_s: float) -> None:
+        self._times_s.append(now_s)
+
+    def wait_s(self, waiting: int) -> float:
+        """Seconds until so many have had their turn; 1 where no rate is known yet."""
+        times_s = self._times_s
+        if len(times_s) < 2 or times_s[-1] <= times_s[0]:
+            return 1.0
+        return waiting * (times_s[-1] - times_s[0]) / (len(times_s) - 1)
+
+
+class ClassState:
+    """A traffic class: its rules, how many of its requests wait (or are at the door), and how fast they complete."""
+
+    __slots__ = ("drain", "name", "spec", "waiting")
+
+    def __init__(self, name: str, spec: ClassSpec) -> None:
+        self.name = name
+        self.spec = spec
+        self.waiting = 0
+        self.drain = DrainRate()
 
 
 class Sequence:
-    """One admitted request and how far it has come. `model` is its ModelState."""
+    """One admitted request and how far it has come. `model` is its ModelState. It waits in the line of `home`, or runs
+    on `replica`. `expected_tokens` is how many it will likely generate, `work_s` what it costs there, in seconds. A
+    `probe` finds out whether its model works again."""
 
     __slots__ = (
         "arrived_s",
         "cancelled",
+        "deadline_s",
         "emitted",
+        "entry",
+        "expected_tokens",
+        "home",
+        "limiters",
         "losses",
         "model",
         "output_tokens",
         "prefilled",
+        "priority",
+        "probe",
         "prompt_tokens",
         "replica",
         "request_id",
+        "traffic",
+        "work_s",
     )
 
     def __init__(
-        self, request_id: int, model: ModelState, prompt_tokens: int, output_tokens: int, arrived_s: float
+        self,
+        request_id: int,
+        model: ModelState,
+        traffic: ClassState,
+        prompt_tokens: int,
+        output_tokens: int,
+        arrived_s: float,
+        *,
+        deadline_s: float | None = None,
     ) -> None:
         self.request_id = request_id
         self.model = model
+        self.traffic = traffic
         self.prompt_tokens = prompt_tokens
         self.output_tokens = output_tokens
         self.arrived_s = arrived_s
+        self.deadline_s = deadline_s
+        self.limiters: tuple[RateLimiter, ...] = ()
+        self.priority = traffic.spec.priority
+        self.expected_tokens = model.outputs_of(traffic).expected(output_tokens)
         self.prefilled = 0
         self.emitted = 0
         self.losses = 0
-        self.cancelled = False
+        self.cancelled = self.probe = False
+        self.work_s = 0.0
+        self.entry: Entry | None = None
+        self.home: ReplicaState | None = None
         self.replica: ReplicaState | None = None
 
     @property
@@ -50,53 +117,83 @@ class Sequence:
 
 
 class ReplicaState:
-    """A replica's sequences: those whose prompt is still being read, and those that get a token every step. `cancelled`
-    counts those that leave when the running step is over.
+    """A replica's sequences: those that wait for it, those whose prompt is being read, and those that get a token every
+    step. `cancelled` counts those that leave when the running step is over.
 
     `place` holds the versions that are loaded where this one is, itself among them, and share its memory. One that is
-    `retiring` has been taken over from: it finishes what it has. One that is down and `returning` is waited for.
+    `retiring` has been taken over from: it finishes what it has. One that is down and `returning` is waited for; it
+    should serve from `ready_s` on.
 
     `turns` are groups that run one after the other, the last one first, before everybody runs together again: the
-    halves of a step that failed. `batch_limit` is how many may run in a step, lowered where memory was short, and
-    `calm_steps` how many have gone well since.
+    halves of a step that failed. `slow_steps` counts those in a row that took much longer than a neighbour's would.
+    `answered` is how many requests its last step answered, at `answered_s`.
     """
 
     __slots__ = (
-        "batch_limit",
-        "calm_steps",
+        "answered",
+        "answered_s",
+        "breaker",
         "cancelled",
         "context_tokens",
         "decoding",
+        "expected_tokens",
         "kv_reserved",
+        "limit",
+        "line",
         "order",
+        "pace",
+        "phase",
         "place",
         "prefilling",
+        "prompts_left",
+        "ready_s",
         "retiring",
         "returning",
+        "slow_steps",
         "spec",
         "step",
+        "step_began_s",
+        "step_ends_s",
         "turns",
         "unloaded",
         "up",
     )
 
-    def __init__(self, spec: Replica, order: int, batch_limit: int, place: list[ReplicaState]) -> None:
+    def __init__(
+        self,
+        spec: Replica,
+        order: int,
+        *,
+        place: list[ReplicaState],
+        pace: Pace,
+        line: Line,
+        limit: ConcurrencyLimit,
+        breaker: Breaker,
+        phase: Phase,
+    ) -> None:
         self.spec = spec
         self.order = order
         self.place = place
         place.append(self)
-        self.retiring = False
-        self.returning = False
-        self.unloaded = False
-        self.batch_limit = batch_limit
-        self.calm_steps = 0
+        self.pace = pace
+        self.line = line
+        self.limit = limit
+        self.breaker = breaker
+        self.phase = phase
+        self.up = self.returning = self.retiring = self.unloaded = False
+        self.ready_s = float("-inf")
+        self.slow_steps = 0
         self.turns: list[list[Sequence]] = []
-        self.up = False
         self.step: RunStep | None = None
+        self.step_began_s = self.step_ends_s = float("-inf")
+        self.answered = 0
+        self.answered_s = float("-inf")
         self.prefilling: list[Sequence] = []
         self.decoding: list[Sequence] = []
         self.kv_reserved = 0
         self.context_tokens = 0
+        self.prompts_left = 0
+        self.expected_tokens = 0.0
         self.cancelled = 0
 
     @property
@@ -107,6 +204,19 @@ class ReplicaState:
     def idle(self) -> bool:
         return self.up and self.step is None
 
+    @property
+    def available(self) -> bool:
+        """It takes sequences, now or soon."""
+        return (self.up or self.returning) and not self.retiring
+
+    @property
+    def welcomes(self) -> bool:
+        """Sequences may come and wait for it: of one whose breaker is half-open, only its probe."""
+        if not self.available:
+            return False
+        breaker = self.breaker
+        return breaker.state == "closed" or (breaker.allows() and not self.running and not len(self.line))
+
     def sequences(self) -> Iterator[Sequence]:
         yield from self.prefilling
         yield from self.decoding
@@ -116,14 +226,9 @@ class ReplicaState:
         limit = self.spec.kv_tokens_max
         return limit is None or sequence.kv_tokens <= limit
 
-    @property
-    def available(self) -> bool:
-        """It takes sequences, now or soon."""
-        return (self.up or self.returning) and not self.retiring
-
     def has_room_for(self, sequence: Sequence) -> bool:
         """A place in the batch and KV cache for all of it: an admitted sequence never runs out of memory."""
-        if not self.up or self.retiring or self.running >= self.batch_limit:
+        if not self.up or self.retiring or self.running >= self.limit.limit or not self.breaker.allows():
             return False
         limit = self.spec.kv_tokens_max
         if limit is None:
@@ -139,42 +244,64 @@ class ReplicaState:
         displaced = self.spec.weights_kv_tokens * (len(self.place) - 1)
         return self.spec.kv_tokens_max - displaced - sum(r.kv_reserved for r in self.place)
 
+    def wait(self, sequence: Sequence) -> None:
+        """The sequence joins its line."""
+        sequence.home = self
+        sequence.traffic.waiting += 1
+        sequence.model.waiting += 1
+        self.line.push(sequence)
+
+    def wait_no_longer(self, sequence: Sequence) -> None:
+        """The sequence leaves its line."""
+        sequence.home = None
+        sequence.traffic.waiting -= 1
+        sequence.model.waiting -= 1
+        self.line.remove(sequence)
+
     def take(self, sequence: Sequence) -> None:
+        """The sequence starts, out of its line."""
+        self.wait_no_longer(sequence)
         sequence.replica = self
         self.prefilling.append(sequence)
         self.kv_reserved += sequence.kv_tokens
+        self.prompts_left += sequence.prompt_tokens
+        self.expected_tokens += sequence.expected_tokens
+        self.breaker.probe_sent()
+
+    def let_go(self, sequence: Sequence) -> None:
+        """The sequence is over here: its place in the batch and its KV cache are free."""
+        if sequence.emitted:
+            self.decoding.remove(sequence)
+            self.context_tokens -= sequence.prompt_tokens + sequence.emitted
+        else:
+            self.prefilling.remove(sequence)
+            self.prompts_left -= sequence.prompt_tokens - sequence.prefilled
+        self.kv_reserved -= sequence.kv_tokens
+        self.expected_tokens -= sequence.expected_tokens
 
 
 class ModelState:
-    """A model's queue, its replicas in order of the deployment, and when its last requests completed. `answered` is how
-    many requests its last step answered, at `answered_s`; `retiring` counts versions that are not unloaded yet."""
+    """A model's replicas in order of the deployment, how many requests wait for any of them, and what has been learned
+    of its requests. `retiring` counts versions that are not unloaded yet."""
 
-    __slots__ = (
-        "answered",
-        "answered_s",
-        "batching",
-        "completions",
-        "decoder",
-        "name",
-        "queue",
-        "replicas",
-        "retiring",
-    )
+    __slots__ = ("batching", "breaker", "decoder", "drain", "name", "outputs", "replicas", "retiring", "waiting")
 
-    def __init__(self, name: str, decoder: bool, batching: BatchingSpec, replicas: list[ReplicaState]) -> None:
+    def __init__(
+        self, name: str, decoder: bool, batching: BatchingSpec, replicas: list[ReplicaState], breaker: Breaker
+    ) -> None:
         self.name = name
         self.decoder = decoder
         self.batching = batching
         self.replicas = replicas
-        self.queue: deque[Sequence] = deque()
-        self.completions: deque[float] = deque(maxlen=DRAIN_WINDOW)
+        self.breaker = breaker
+        self.waiting = 0
+        self.drain = DrainRate()
         self.retiring = 0
-        self.answered = 0
-        self.answered_s = float("-inf")
+        self.outputs: dict[str, Outputs] = {}
 
-    def drain_s(self) -> float:
-        """Seconds that the queue needs to drain at the recent rate of completions; 1 where there is none yet."""
-        if len(self.completions) < 2 or self.completions[-1] <= self.completions[0]:
-            return 1.0
-        rate = (len(self.completions) - 1) / (self.completions[-1] - self.completions[0])
-        return len(self.queue) / rate
+    def outputs_of(self, traffic: ClassState) -> Outputs:
+        """What is known of the lengths of the class's answers."""
+        outputs = self.outputs.get(traffic.name)
+        if outputs is None:
+            outputs = self.outputs[traffic.name] = Outputs()
+        return outputs

@@ -128,7 +128,7 @@ class Recorder:
     `keep_decisions` keeps the log that a core can be replayed from."""
 
     def __init__(self, deployment: Deployment, *, keep_tokens: bool = False, keep_decisions: bool = True) -> None:
-        self._slices = {r.id: (r.model, r.slice.id) for r in deployment.replicas}
+        self._slices = {r.id: (r.model, r.slice.id) for r in deployment.every_replica()}
         self._keep_tokens = keep_tokens
         self._keep_decisions = keep_decisions
         self._encoder = msgspec.json.Encoder()
@@ -231,7 +231,9 @@ class Recorder:
                 self.served[prefill.request_id].first_token_s = now_s
 
     def _ended(self, request_id: int, outcome: str, now_s: float) -> None:
-        served = self.served[request_id]
+        served = self.served.get(request_id)
+        if served is None:
+            return  # refused at the door: nothing of it was read
         served.finished_s = now_s
         served.outcome = outcome
 

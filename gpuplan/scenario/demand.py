@@ -156,7 +156,8 @@ class BatchingSpec(Section, frozen=True):
 
     `max_batch_tokens` bounds the prompt tokens of one decoder step, so that a long prompt is prefilled in chunks
     and does not stall the tokens of others (vLLM's default with chunked prefill is 2048). A step that takes longer than
-    `step_timeout` is taken for hung, and its worker process is killed.
+    `step_timeout` is taken for hung, and its worker process is killed. With `step_time_target` fewer run at once than
+    `max_batch_size` where steps (the gaps between a decoder's tokens) would take longer than that.
     """
 
     max_batch_size: Annotated[int, Meta(ge=1, le=4096)] = 32
@@ -164,6 +165,7 @@ class BatchingSpec(Section, frozen=True):
     max_queue_size: Annotated[int, Meta(ge=1, le=1_000_000)] = 256
     max_batch_tokens: Annotated[int, Meta(ge=16, le=1_000_000)] = 2048
     step_timeout: Annotated[float, Meta(ge=0.1, le=3600.0, extra={"duration": True})] = 60.0
+    step_time_target: Annotated[float, Meta(gt=0.0, le=3600.0, extra={"duration": True})] | None = None
 
 
 class ReplicaSpec(Section, frozen=True):

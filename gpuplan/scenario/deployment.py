@@ -7,7 +7,7 @@ InputError for what cannot be: a layout the card does not allow, a slice that is
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import msgspec
@@ -57,8 +57,7 @@ class Slice:
 @dataclass(frozen=True, slots=True)
 class Replica:
     """One copy of a model on one slice, which `processes` copies share. `kv_tokens_max` is None for a model without a
-    KV cache; `weights_kv_tokens` is how many tokens of KV cache a second version of the model would displace. One that
-    stands by (`standby`) is started when the autoscaler asks for it and its slice is free."""
+    KV cache; `weights_kv_tokens` is how many tokens of KV cache a second version of the model would displace."""
 
     id: str
     model: str
@@ -69,13 +68,13 @@ class Replica:
     weights_kv_tokens: int = 0
     worker: Literal["process", "thread"] = "process"
     threads: int | None = None
-    standby: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
     """The supply side: `gpu` is None for the host's CPU. `layouts` holds each card's profile names. `traffic_classes`
-    are those told apart: the scenario's and those with rules of their own."""
+    are those told apart: the scenario's and those with rules of their own. Replicas in `standby` are started when the
+    autoscaler asks for them and nobody else is on their slice."""
 
     gpu: catalog.Gpu | None
     price_per_hour: float
@@ -85,13 +84,18 @@ class Deployment:
     batching: Mapping[str, BatchingSpec]
     autoscale: AutoscaleSpec
     models: Mapping[str, ModelSource]
-    admission: AdmissionSpec = AdmissionSpec()
-    breakers: BreakerSpec = BreakerSpec()
+    admission: AdmissionSpec = field(default_factory=AdmissionSpec)
+    breakers: BreakerSpec = field(default_factory=BreakerSpec)
     traffic_classes: tuple[str, ...] = ()
+    standby: tuple[Replica, ...] = ()
 
     @property
     def gpu_name(self) -> str:
         return self.gpu.name if self.gpu else CPU
+
+    def every_replica(self) -> tuple[Replica, ...]:
+        """Those that serve from the start, and those that stand by."""
+        return (*self.replicas, *self.standby)
 
     def replicas_of(self, model: str) -> list[Replica]:
         return [replica for replica in self.replicas if replica.model == model]
@@ -195,7 +199,8 @@ def profile_rows(seen: Iterable[mig.Profile]) -> list[MigProfileSpec]:
 
 def resolve(scenario: Scenario) -> Deployment:
     """The scenario's own deployment."""
-    return build(scenario.deployment, scenario.models)
+    names = dict.fromkeys([*(c.name for c in scenario.traffic), *scenario.deployment.admission.classes])
+    return replace(build(scenario.deployment, scenario.models), traffic_classes=tuple(names))
 
 
 def build(spec: DeploymentSpec, models: Mapping[str, ModelSource]) -> Deployment:
@@ -212,15 +217,20 @@ def build(spec: DeploymentSpec, models: Mapping[str, ModelSource]) -> Deployment
         layout = tuple(part.name for part in slices if part.gpu_index == 0)
     price = spec.price_per_hour if spec.price_per_hour is not None else gpu.price_per_hour if gpu else 0.0
     batching = {name: spec.batching.get(name, BatchingSpec()) for name in models}
+    free = list(slices)
+    replicas = _assign(_replica_specs(spec, gpu, models), gpu, models, batching, free)
     return Deployment(
         gpu=gpu,
         price_per_hour=price,
         layouts=(layout,) * spec.count,
         slices=slices,
-        replicas=_assign(_replica_specs(spec, gpu, models), gpu, models, batching, list(slices)),
+        replicas=replicas,
         batching=batching,
         autoscale=spec.autoscale,
         models=dict(models),
+        admission=spec.admission,
+        breakers=spec.breakers,
+        standby=_standby(spec.autoscale, gpu, models, batching, replicas, free),
     )
 
 
@@ -307,6 +317,52 @@ def _assign(
                     )
                 )
     return tuple(replicas)
+
+
+def _standby(
+    spec: AutoscaleSpec,
+    gpu: catalog.Gpu | None,
+    models: Mapping[str, ModelSource],
+    batching: Mapping[str, BatchingSpec],
+    replicas: tuple[Replica, ...],
+    free: list[Slice],
+) -> tuple[Replica, ...]:
+    """The replicas that may be started: each model's like its first one, on the slices that are left. A slice may have
+    several models stand by; whoever is started first has it."""
+    standby: list[Replica] = []
+    for name, rule in spec.models.items():
+        key = f"deployment.autoscale.models.{name}"
+        mine = [r for r in replicas if r.model == name]
+        if not mine:
+            raise InputError("no replica to make others like", key=key, allowed="a model with a replica")
+        if not rule.min_replicas <= len(mine) <= rule.max_replicas:
+            raise InputError(
+                f"{name} starts with {len(mine)}",
+                key=f"{key}.max_replicas" if len(mine) > rule.max_replicas else f"{key}.min_replicas",
+                value=rule.max_replicas if len(mine) > rule.max_replicas else rule.min_replicas,
+                allowed="min_replicas <= the replicas named <= max_replicas",
+            )
+        more = rule.max_replicas - len(mine)
+        first = mine[0]
+        if gpu is None:
+            places = [first.slice] * more
+        else:
+            wanted = _slice_name(gpu, rule.slice) if rule.slice else first.slice.name
+            places = [part for part in free if part.name == wanted][:more]
+            if more and not places:
+                have = ", ".join(sorted({part.name for part in free})) or "none"
+                raise InputError(
+                    f"no {wanted} is left in the layout", key=f"{key}.max_replicas", value=rule.max_replicas,
+                    allowed=f"{len(mine)}, or a layout with more slices (left: {have})",
+                )  # fmt: skip
+        numbers = range(len(mine), len(mine) + len(places))
+        for number, part in zip(numbers, places, strict=True):
+            like = ReplicaSpec(model=name, slice=part.name)
+            kv_tokens_max = first.kv_tokens_max
+            if part.name != first.slice.name or first.processes > 1:
+                kv_tokens_max = _kv_tokens(models[name], part, like, batching[name], key)
+            standby.append(replace(first, id=f"{name}-{number}", slice=part, processes=1, kv_tokens_max=kv_tokens_max))
+    return tuple(standby)
 
 
 def _slice_name(gpu: catalog.Gpu | None, name: str) -> str:

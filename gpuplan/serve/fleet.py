@@ -24,34 +24,74 @@ PROBE = ("The quick brown fox", "naïve café 東京 🙂", "x = {'a': [1, 2]}\n
 
 
 class Fleet:
-    """Engines by replica. `serving` names those that take a model's new requests."""
+    """Engines by replica, those that stand by among them. `serving` names those that take a model's new requests."""
 
-    def __init__(self, deployment: Deployment, engines: Mapping[str, Engine], feed: Callable[[Event], None]) -> None:
+    def __init__(self, deployment: Deployment, engines: Mapping[str, Engine], feed: Callable[[Event], object]) -> None:
         self.engines = dict(engines)
         self.serving = {name: [r.id for r in deployment.replicas_of(name)] for name in deployment.models}
         self._deployment = deployment
+        self._replicas = {r.id: r for r in deployment.every_replica()}
+        self._models = {r.id: r.model for r in deployment.every_replica()}
         self._feed = feed
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._leaving: dict[str, asyncio.Event] = {}  # those taken over from: set when nothing runs there any more
         self._retiring: dict[str, asyncio.Task[None]] = {}
-        self._swapping: set[str] = set()
+        self._swapping: dict[str, asyncio.Event] = {}  # models, and the word that the swap is over
+        self._stopping: set[asyncio.Task[None]] = set()
         self._versions = 1
 
     async def start(self) -> None:
         """Loads every engine, one after the other; a replica serves as soon as its own is warm."""
-        for replica_id, engine in self.engines.items():
-            await engine.load()
-            self._feed(ReplicaUp(replica_id))
-            self._look_after(replica_id)
+        for replica in self._deployment.replicas:
+            await self.engines[replica.id].load()
+            self._feed(ReplicaUp(replica.id))
+            self._look_after(replica.id)
 
     async def close(self) -> None:
         """Frees them all."""
-        tasks = [*self._keepers.values(), *self._retiring.values()]
+        tasks = [*self._keepers.values(), *self._retiring.values(), *self._stopping]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for engine in self.engines.values():
             await engine.close()
+
+    def engine_of(self, model: str) -> Engine:
+        """An engine of the model, loaded or not: all of them count tokens alike."""
+        serving = self.serving[model]
+        return self.engines[serving[0] if serving else next(r for r in self.engines if self._model(r) == model)]
+
+    def start_replica(self, replica_id: str) -> None:
+        """Loads a replica that stands by. It is tried until it succeeds."""
+        self._keepers[replica_id] = asyncio.get_running_loop().create_task(self._start_and_keep(replica_id))
+
+    def stop_replica(self, replica_id: str) -> None:
+        """Frees a replica on which nothing runs; it stands by."""
+        self.serving[self._model(replica_id)].remove(replica_id)
+        if keeper := self._keepers.pop(replica_id, None):
+            keeper.cancel()
+        task = asyncio.get_running_loop().create_task(self._stop(replica_id))
+        self._stopping.add(task)
+        task.add_done_callback(self._stopping.discard)
+
+    async def _start_and_keep(self, replica_id: str) -> None:
+        model, engine = self._model(replica_id), self.engines[replica_id]
+        if model in self._swapping:
+            await self._swapping[model].wait()
+            engine = self.engines[replica_id]
+        if engine.provenance == "emulated":  # what it emulates would take so long
+            await asyncio.sleep(self._deployment.autoscale.cold_start)
+        await self._load_until_up(replica_id, RESTART_S_MIN)
+        self.serving[model].append(replica_id)
+        self._feed(ReplicaUp(replica_id))
+        await self._keep(replica_id)
+
+    async def _stop(self, replica_id: str) -> None:
+        await self.engines[replica_id].close()
+        self._feed(ReplicaDown(replica_id, "scaled down"))
+
+    def _model(self, replica_id: str) -> str:
+        return self._models[place_of(replica_id)]
 
     def nothing_runs_on(self, replica_id: str) -> None:
         """The core's word that a version which was taken over from may go."""
@@ -69,11 +109,14 @@ class Fleet:
         """
         if model in self._swapping:
             raise RunError(f"{model} is being swapped already")
-        self._swapping.add(model)
+        if not self.serving[model]:
+            raise RunError(f"{model} has no replica now: there is nothing to swap")
+        over = self._swapping[model] = asyncio.Event()
         try:
             old = self.serving[model]
             self._versions += 1
-            new = {f"{r.id}{VERSION_MARK}{self._versions}": make(r) for r in self._deployment.replicas_of(model)}
+            places = [self._replicas[place_of(replica_id)] for replica_id in old]
+            new = {f"{r.id}{VERSION_MARK}{self._versions}": make(r) for r in places}
             self._same_tokens(model, self.engines[old[0]], next(iter(new.values())))
             for replica_id in new:
                 self._feed(VersionAdded(replica_id, place_of(replica_id), returns=not beside))
@@ -84,8 +127,12 @@ class Fleet:
                     await engine.close()
                     self._feed(VersionDropped(replica_id))
                 raise
+            for replica in self._deployment.standby:  # those that stand by are started as the new version, too
+                if replica.model == model and replica.id in self.engines and replica.id not in old:
+                    self.engines[replica.id] = make(replica)
         finally:
-            self._swapping.discard(model)
+            del self._swapping[model]
+            over.set()
 
     async def _load_beside(
         self, model: str, old: Sequence[str], new: Mapping[str, Engine], has_room: Callable[[str], bool]
@@ -163,12 +210,17 @@ class Fleet:
             self._feed(ReplicaDown(replica_id, why, returns=True))
             if time.monotonic() - loaded_s > CALM_S:
                 pause_s = RESTART_S_MIN
-            while True:
-                await asyncio.sleep(pause_s)
-                pause_s = min(pause_s * 2, RESTART_S_MAX)
-                try:
-                    await engine.load()
-                    break
-                except GpuplanError as error:
-                    self._feed(ReplicaDown(replica_id, str(error)))
+            await asyncio.sleep(pause_s)
+            pause_s = await self._load_until_up(replica_id, min(pause_s * 2, RESTART_S_MAX))
             self._feed(ReplicaUp(replica_id))
+
+    async def _load_until_up(self, replica_id: str, pause_s: float) -> float:
+        """Tries until it is loaded; gives the pause that would have come next."""
+        while True:
+            try:
+                await self.engines[replica_id].load()
+                return pause_s
+            except GpuplanError as error:
+                self._feed(ReplicaDown(replica_id, str(error)))
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, RESTART_S_MAX)

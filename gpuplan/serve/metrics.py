@@ -30,7 +30,7 @@ class Metrics:
     when scraped."""
 
     def __init__(self, deployment: Deployment) -> None:
-        self._model_of = {r.id: r.model for r in deployment.replicas}
+        self._model_of = {r.id: r.model for r in deployment.every_replica()}
         self._open: dict[int, tuple[_Counts, float]] = {}  # request: its model's counts, arrival
         self._steps: dict[str, tuple[RunStep, float]] = {}
         models = sorted({r.model for r in deployment.replicas})

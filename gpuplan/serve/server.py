@@ -23,10 +23,13 @@ from gpuplan.policy.vocabulary import (
     Drain,
     Event,
     Fail,
+    Knock,
     Reject,
     RunStep,
+    StartReplica,
     StepDone,
     StepFailed,
+    StopReplica,
     Unload,
     Wake,
 )
@@ -53,6 +56,17 @@ class RequestFailed(Exception):
     """The request was taken and lost."""
 
 
+class Caller:
+    """Who asks: the traffic class and the name of the key, how long the answer may take (seconds), and the place that
+    it has at the door."""
+
+    __slots__ = ("key", "place", "timeout_s", "traffic_class")
+
+    def __init__(self, traffic_class: str = "", key: str = "", timeout_s: float | None = None) -> None:
+        self.traffic_class, self.key, self.timeout_s = traffic_class, key, timeout_s
+        self.place: int | None = None
+
+
 class Ticket:
     """One request's outputs, in order. Raises RequestRefused or RequestFailed instead of an output."""
 
@@ -68,6 +82,11 @@ class Ticket:
         self._items.append(item)
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
+
+    def check(self) -> None:
+        """Raises what the next output would, if it is there already."""
+        if self._items and isinstance(self._items[0], Exception):
+            raise self._items[0]
 
     async def next(self) -> Output | None:
         """The next output, None at the end. One reader at a time."""
@@ -97,7 +116,7 @@ class Server:
         self._tickets: dict[int, Ticket] = {}
         self._homes: dict[int, str] = {}  # requests whose engine keeps something between steps
         self._over: dict[str, list[int]] = {}  # by replica that runs a step: requests that ended meanwhile
-        self._decoders = {r.id for r in deployment.replicas if r.role == "decoder"}
+        self._decoders = {r.id for r in deployment.every_replica() if r.role == "decoder"}
         self._steps: set[asyncio.Task[None]] = set()
         self._next_id = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -111,18 +130,48 @@ class Server:
 
     def tokenize(self, model: str, text: str) -> Prompt:
         """The prompt as the model's engine counts it."""
-        return Prompt(text, self.fleet.engines[self.fleet.serving[model][0]].tokenize(text))
+        return Prompt(text, self.fleet.engine_of(model).tokenize(text))
 
     def vocabulary_size(self, model: str) -> int | None:
         """One more than the largest token id that the model knows, where that is known."""
-        return self.fleet.engines[self.fleet.serving[model][0]].vocabulary_size
+        return self.fleet.engine_of(model).vocabulary_size
 
-    def submit(self, model: str, prompt: Prompt, *, output_tokens: int, client_id: str = "") -> Ticket:
-        """Gives the request to the core; what comes of it is read from the ticket."""
+    def knock(self, caller: Caller) -> None:
+        """Asks for a place for a request of which only the head is there. Raises RequestRefused. The first `submit` of
+        this caller takes the place; otherwise it has to `leave`."""
         self._next_id += 1
-        ticket = self._tickets[self._next_id] = Ticket(self._next_id, prompt)
+        for action in self._feed(Knock(self._next_id, caller.traffic_class, caller.key)):
+            if isinstance(action, Reject):
+                raise RequestRefused(action.reason, action.retry_after_s)
+        caller.place = self._next_id
+
+    def refuse_if_full(self, model: str, caller: Caller, client_id: str) -> None:
+        """Raises RequestRefused where the core would refuse any request: no prompt is counted in vain."""
+        if self.core.full(model):
+            refused = self.submit(model, Prompt("", ()), output_tokens=0, client_id=client_id, caller=caller)
+            refused.check()
+
+    def leave(self, caller: Caller) -> None:
+        """Nothing came of the caller's knock, or all of it has been submitted."""
+        if caller.place is not None:
+            self._feed(Cancel(caller.place))
+            caller.place = None
+
+    def submit(
+        self, model: str, prompt: Prompt, *, output_tokens: int, client_id: str = "", caller: Caller | None = None
+    ) -> Ticket:
+        """Gives the request to the core; what comes of it is read from the ticket."""
+        caller = caller or Caller()
+        if caller.place is None:
+            self._next_id += 1
+            request_id = self._next_id
+        else:
+            request_id, caller.place = caller.place, None
+        ticket = self._tickets[request_id] = Ticket(request_id, prompt)
         self._empty.clear()
-        self._feed(Arrive(self._next_id, model, len(prompt.token_ids), output_tokens, client_id))
+        tokens = len(prompt.token_ids)
+        who = (client_id, caller.traffic_class, caller.key, caller.timeout_s)
+        self._feed(Arrive(request_id, model, tokens, output_tokens, *who))
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
@@ -161,7 +210,7 @@ class Server:
 
     # --- events in, actions out -----------------------------------------------------------------------------------
 
-    def _feed(self, event: Event, now_s: float | None = None) -> None:
+    def _feed(self, event: Event, now_s: float | None = None) -> list[Action]:
         now_s = time.monotonic() if now_s is None else now_s
         actions = self.core.handle(event, now_s=now_s)
         for observer in self._observers:
@@ -186,7 +235,12 @@ class Server:
                     self._end(request_id, RequestFailed(reason))
                 case Unload(replica_id=replica_id):
                     self.fleet.nothing_runs_on(replica_id)
+                case StartReplica(replica_id=replica_id):
+                    self.fleet.start_replica(replica_id)
+                case StopReplica(replica_id=replica_id):
+                    self.fleet.stop_replica(replica_id)
         self._arm()
+        return actions
 
     async def _finish(self, step: RunStep, running: Awaitable[Mapping[int, Output]]) -> None:
         engine = self.fleet.engines[step.replica_id]

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -42,11 +42,12 @@ SHUTDOWN_S = 1
 @dataclass(frozen=True, slots=True)
 class ServiceOptions:
     """How to serve. `record` keeps every decision and sample in memory for the run folder; `telemetry` is a checked
-    choice of where samples come from; `models_dir` is where versions of models may be loaded from."""
+    choice of where samples come from; `api_keys` are bearer tokens by name; `models_dir` is where versions of models
+    may be loaded from."""
 
     host: str = "127.0.0.1"
     port: int = 0
-    api_key: str | None = None
+    api_keys: Mapping[str, str] = field(default_factory=dict)
     admin_token: str | None = None
     models_dir: Path | None = None
     allow_cpu: bool = False
@@ -101,7 +102,8 @@ async def serving(deployment: Deployment, options: ServiceOptions, *, signals: b
     cards, problems = nvml.survey()
     card_present = any(card.known_as == deployment.gpu_name for card in cards)
     engines = {
-        r.id: models.engine_for(r, deployment, cards=cards, allow_cpu=options.allow_cpu) for r in deployment.replicas
+        r.id: models.engine_for(r, deployment, cards=cards, allow_cpu=options.allow_cpu)
+        for r in deployment.every_replica()
     }
     metrics = Metrics(deployment)
     recorder = Recorder(deployment) if options.record else None
@@ -132,7 +134,7 @@ async def serving(deployment: Deployment, options: ServiceOptions, *, signals: b
 
             await server.swap(model, engine, beside=beside)
 
-        app = App(server, metrics, api_key=options.api_key, admin_token=options.admin_token, swap_to=swap_to)
+        app = App(server, metrics, api_keys=options.api_keys, admin_token=options.admin_token, swap_to=swap_to)
         listener = _Listener(server, app, options.drain_s)
         await stack.enter_async_context(listener.listening(listening, signals=signals))
         host, port = listening.getsockname()[:2]

@@ -16,7 +16,8 @@ from typing import Literal
 from gpuplan.errors import RunError
 from gpuplan.hardware import mig, slices
 from gpuplan.hardware.roofline import StepCosts, StepLoad, band
-from gpuplan.scenario.deployment import CPU, Deployment, Replica, shape_of
+from gpuplan.policy.cost import step_costs
+from gpuplan.scenario.deployment import CPU, Deployment, Replica
 
 Basis = Literal["fitted", "scaled", "roofline"]
 Timer = Callable[[StepLoad], float]
@@ -109,14 +110,6 @@ class ServiceTimes:
         there = mig.part(card, best[1])
         slower = slices.speed(card, there) / slices.speed(card, here)
         return replace(fit, per_token_s=fit.per_token_s * slower, per_sample_s=fit.per_sample_s * slower)
-
-
-def step_costs(deployment: Deployment, replica: Replica) -> StepCosts | None:
-    """The roofline of the replica's model on its slice, or None where there is none."""
-    shape, card, part = shape_of(deployment.models[replica.model]), deployment.gpu, replica.slice.profile
-    if shape is None or card is None or part is None:
-        return None
-    return StepCosts(shape, card, part, processes=replica.processes)
 
 
 def _fitted(fit: Fit, base: Timer) -> Timer:

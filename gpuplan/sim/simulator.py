@@ -13,15 +13,20 @@ import random
 from datetime import UTC, datetime
 
 from gpuplan.policy.core import ServingCore
+from gpuplan.policy.cost import step_costs
+from gpuplan.policy.dispatch import Dispatcher
 from gpuplan.policy.vocabulary import (
     OUT_OF_MEMORY,
     Action,
     Arrive,
     Event,
+    ReplicaDown,
     ReplicaUp,
     RunStep,
+    StartReplica,
     StepDone,
     StepFailed,
+    StopReplica,
     Wake,
 )
 from gpuplan.record.recorder import Answer, Recorder, Served
@@ -31,7 +36,7 @@ from gpuplan.scenario import files
 from gpuplan.scenario.demand import Scenario
 from gpuplan.scenario.deployment import Deployment
 from gpuplan.scenario.schedule import Schedule, ScheduledRequest
-from gpuplan.sim.service_times import ServiceTimes, step_costs
+from gpuplan.sim.service_times import ServiceTimes
 from gpuplan.telemetry.emulated import EmulatedCards
 
 TELEMETRY_HZ = 10.0
@@ -46,11 +51,13 @@ def simulate(
     seed: int = 0,
     keep_decisions: bool = False,
     keep_telemetry: bool = True,
+    dispatcher: Dispatcher | None = None,
 ) -> Run:
-    """A run of the schedule against the deployment on virtual time. Every request is followed to its end."""
+    """A run of the schedule against the deployment on virtual time. Every request is followed to its end. `dispatcher`
+    places requests otherwise than the server would, for comparisons."""
     recorder = Recorder(deployment, keep_tokens=True, keep_decisions=keep_decisions)
     cards = EmulatedCards(deployment) if keep_telemetry else None
-    simulation = _Simulation(deployment, service_times, recorder, cards, seed)
+    simulation = _Simulation(deployment, service_times, recorder, cards, seed, dispatcher)
     simulation.run(schedule)
     links = random.Random(f"{seed}/downlink")  # noqa: S311 - not for secrets
     for request in schedule.requests:
@@ -92,11 +99,14 @@ class _Simulation:
         recorder: Recorder,
         cards: EmulatedCards | None,
         seed: int,
+        dispatcher: Dispatcher | None,
     ) -> None:
         rng = random.Random(f"{seed}/steps")  # noqa: S311 - not for secrets
-        self._core = ServingCore(deployment)
-        self._timers = {r.id: service_times.timer(deployment, r, rng) for r in deployment.replicas}
-        self._costs = {r.id: step_costs(deployment, r) for r in deployment.replicas}
+        self._core = ServingCore(deployment, dispatcher=dispatcher)
+        self._timers = {r.id: service_times.timer(deployment, r, rng) for r in deployment.every_replica()}
+        self._costs = {r.id: step_costs(deployment, r) for r in deployment.every_replica()}
+        self._cold_start_s = deployment.autoscale.cold_start
+        self._coming: list[tuple[float, str]] = []  # a heap: replicas that are being started, and when they serve
         self._links = random.Random(f"{seed}/uplink")  # noqa: S311 - not for secrets
         self._uplink_s = service_times.uplink_s
         self._recorder, self._cards = recorder, cards
@@ -114,17 +124,24 @@ class _Simulation:
         core, running, never = self._core, self._running, float("inf")
         while True:
             step_s = running[0][0] if running else never
+            up_s = self._coming[0][0] if self._coming else never
             timer_s = core.next_timer_s()
-            if timer_s is not None and timer_s <= min(arrival_s, step_s):
+            if coming is None and not running and not core.in_flight:
+                return  # what is left is time that passes
+            if up_s <= min(arrival_s, step_s, never if timer_s is None else timer_s) and self._coming:
+                _, replica_id = heapq.heappop(self._coming)
+                self._feed(ReplicaUp(replica_id), up_s)
+            elif timer_s is not None and timer_s <= min(arrival_s, step_s):
                 self._feed(Wake(), max(timer_s, self.now_s))
             elif step_s <= arrival_s and running:
                 done_s, _, event = heapq.heappop(running)
                 self._feed(event, done_s)
             elif coming is not None:
-                self._feed(
-                    Arrive(coming.index, coming.model, coming.prompt_tokens, coming.output_tokens, str(coming.index)),
-                    arrival_s,
-                )
+                arrival = Arrive(
+                    coming.index, coming.model, coming.prompt_tokens, coming.output_tokens, str(coming.index),
+                    coming.traffic_class,
+                )  # fmt: skip
+                self._feed(arrival, arrival_s)
                 arrival_s, coming = next(arrivals, (never, None))
             else:
                 return
@@ -137,8 +154,13 @@ class _Simulation:
         if self._cards is not None:
             self._cards.decided(event, actions, now_s=now_s)
         for action in actions:
-            if type(action) is RunStep:
-                self._start(action, now_s)
+            kind = type(action)
+            if kind is RunStep:
+                self._start(action, now_s)  # type: ignore[arg-type]
+            elif kind is StartReplica:
+                heapq.heappush(self._coming, (now_s + self._cold_start_s, action.replica_id))  # type: ignore[union-attr]
+            elif kind is StopReplica:
+                self._feed(ReplicaDown(action.replica_id, "scaled down"), now_s)  # type: ignore[union-attr]
 
     def _start(self, step: RunStep, now_s: float) -> None:
         costs, seconds = self._costs[step.replica_id], 0.0
@@ -155,8 +177,13 @@ class _Simulation:
             self._sample_due_s += 1.0 / TELEMETRY_HZ
 
 
-# What a live server answers; every other refusal is a 429.
-_REFUSALS = {"too_long": ("error", 400), OUT_OF_MEMORY: ("error", 503)}
+# What a live server answers where a request was not completed; see serve/http/errors.py.
+_REFUSALS = {
+    "class_full": ("rejected", 429),
+    "rate_limited": ("rejected", 429),
+    "too_long": ("error", 400),
+    OUT_OF_MEMORY: ("error", 503),
+}
 
 
 def _answer(request: ScheduledRequest, served: Served, warmup_s: float, downlink_s: float) -> Answer:
@@ -166,7 +193,7 @@ def _answer(request: ScheduledRequest, served: Served, warmup_s: float, downlink
     if served.finished_s is not None:
         answer.done_s = served.finished_s + downlink_s
     if served.outcome != "completed":
-        status, http_status = _REFUSALS.get(served.outcome, ("rejected", 429))
+        status, http_status = _REFUSALS.get(served.outcome, ("rejected", 503))
         answer.status, answer.error, answer.http_status = status, served.outcome, http_status
         return answer
     answer.http_status = 200

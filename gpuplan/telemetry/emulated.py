@@ -21,7 +21,7 @@ class EmulatedCards(Source):
 
     def __init__(self, deployment: Deployment) -> None:
         self._deployment = deployment
-        self._meters = {r.id: _Meter(r, deployment) for r in deployment.replicas if r.slice.profile is not None}
+        self._meters = {r.id: _Meter(r, deployment) for r in deployment.every_replica() if r.slice.profile is not None}
         self._last_s: float | None = None
         self._energy_j = [0.0] * len(deployment.layouts)
 

@@ -115,7 +115,7 @@ def test_requests_are_the_same_for_the_same_seed_and_ask_for_the_exact_length() 
     one, two = (protocols.request_bytes(COMPLETIONS, target, REQUEST, 7, {"A": "b"}) for _ in range(2))
     assert one == two
     head, body = one.split(b"\r\n\r\n", 1)
-    assert b"\r\nX-Request-Id: 3\r\nA: b\r\n" in head
+    assert b"\r\nX-Request-Id: 3\r\nX-Traffic-Class: chat\r\nA: b\r\n" in head
     sent = json.loads(body)
     assert len(sent["prompt"].split()) == 6
     assert (sent["max_tokens"], sent["stream"], sent["ignore_eos"]) == (4, True, True)

@@ -10,6 +10,7 @@ from gpuplan.hardware.catalog import gpu
 from gpuplan.policy.core import ServingCore
 from gpuplan.policy.vocabulary import (
     Action,
+    Assign,
     Complete,
     Event,
     Fail,
@@ -17,7 +18,11 @@ from gpuplan.policy.vocabulary import (
     Reject,
     ReplicaUp,
     RunStep,
+    Scale,
+    StartReplica,
     StepDone,
+    StopReplica,
+    Trip,
     Unload,
 )
 from gpuplan.scenario.demand import AutoscaleSpec, BatchingSpec, ModelSource
@@ -32,8 +37,10 @@ def deployment(
     chat: Sequence[int | None] = (),
     moods: dict[str, Any] | None = None,
     chats: dict[str, Any] | None = None,
+    **more: Any,
 ) -> Deployment:
-    """`mood` classifiers and one `chat` decoder for each KV limit in `chat`, with those batching rules."""
+    """`mood` classifiers and one `chat` decoder for each KV limit in `chat`, with those batching rules and whatever
+    `more` a Deployment has."""
     slices = tuple(Slice(i, mig.whole(CARD), 0) for i in range(mood + len(chat)))
     replicas = [Replica(f"mood-{i}", "mood", "classifier", slices[i], None) for i in range(mood)]
     replicas += [Replica(f"chat-{i}", "chat", "decoder", slices[mood + i], kv) for i, kv in enumerate(chat)]
@@ -49,6 +56,7 @@ def deployment(
         batching={name: rule for name, rule in rules.items() if name in used},
         autoscale=AutoscaleSpec(),
         models={name: source for name, source in models.items() if name in used},
+        **more,
     )
 
 
@@ -75,6 +83,16 @@ def said(action: Action) -> str:
             return f"fail {request_id}: {reason}"
         case Unload(replica_id=replica_id):
             return f"unload {replica_id}"
+        case Trip(name=name, state=state):
+            return f"{name} {state}"
+        case Scale(model=model, replicas=replicas):
+            return f"scale {model} to {replicas}"
+        case StartReplica(replica_id=replica_id):
+            return f"start {replica_id}"
+        case StopReplica(replica_id=replica_id):
+            return f"stop {replica_id}"
+        case Assign(request_id=request_id, replica_id=replica_id, taken_from=taken_from):
+            return f"{request_id} waits for {replica_id}{f', no longer for {taken_from}' if taken_from else ''}"
 
 
 def _prefill(prefill: Prefill, replica_id: str) -> str:
@@ -87,9 +105,10 @@ def done(replica_id: str, step_id: int, *ended: int) -> StepDone:
     return StepDone(replica_id, step_id, ended)
 
 
-def follow(core: ServingCore, table: Iterable[tuple[float, Event, list[str]]]) -> None:
-    """Every event gives the expected actions, and the core's invariants hold after each."""
+def follow(core: ServingCore, table: Iterable[tuple[float, Event, list[str]]], *, assigned: bool = False) -> None:
+    """Every event gives the expected actions, and the core's invariants hold after each. With `assigned`, the table
+    also says who waits for which replica."""
     for row, (now_s, event, expected) in enumerate(table):
-        actions = [said(a) for a in core.handle(event, now_s=now_s)]
+        actions = [said(a) for a in core.handle(event, now_s=now_s) if assigned or not isinstance(a, Assign)]
         assert actions == expected, f"row {row}: {event} at {now_s} s"
         core.check_invariants()

@@ -7,8 +7,8 @@ import math
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpuplan.policy.concurrency import CALM_STEPS
 from gpuplan.policy.core import ServingCore
-from gpuplan.policy.failures import CALM_STEPS
 from gpuplan.policy.vocabulary import (
     OUT_OF_MEMORY,
     Action,
@@ -20,6 +20,7 @@ from gpuplan.policy.vocabulary import (
     StepDone,
     StepFailed,
 )
+from gpuplan.scenario.demand import BreakerSpec
 from tests.policy.conftest import deployment, started
 
 
@@ -66,7 +67,9 @@ class Engine:
 @given(st.integers(1, 40), st.sets(st.integers(1, 40), max_size=5), st.sampled_from(["mood", "chat"]))
 def test_the_culprits_fail_and_nobody_else(count: int, culprits: set[int], model: str) -> None:
     rule = {"max_batch_size": 16, "max_queue_size": 64}
-    core = started(deployment(mood=1, moods=rule) if model == "mood" else deployment(chat=[10_000], chats=rule))
+    patient = BreakerSpec(consecutive_failures=1000, window=10_000)
+    replicas = {"mood": 1, "moods": rule} if model == "mood" else {"chat": [10_000], "chats": rule}
+    core = started(deployment(**replicas, breakers=patient))
     engine = Engine(core, culprits=culprits)
     for i in range(1, count + 1):
         engine.feed(Arrive(i, model, 10, 3 if model == "chat" else 0))

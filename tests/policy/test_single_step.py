@@ -9,6 +9,7 @@ from gpuplan.policy.core import ServingCore
 from gpuplan.policy.vocabulary import (
     OUT_OF_MEMORY,
     Arrive,
+    Assign,
     Cancel,
     Drain,
     Event,
@@ -384,5 +385,5 @@ def test_time_never_runs_backwards() -> None:
 
 def test_counts_for_metrics() -> None:
     core = started(deployment(mood=1, moods={"max_batch_size": 1, "max_queue_size": 2}))
-    assert [type(a) for i in (1, 2, 3, 4) for a in core.handle(ask(i), now_s=0.0)] == [RunStep, Reject]
+    assert [type(core.handle(ask(i), now_s=0.0)[-1]) for i in (1, 2, 3, 4)] == [RunStep, Assign, Assign, Reject]
     assert (core.running("mood"), core.waiting("mood"), core.in_flight) == (1, 2, 3)

@@ -115,5 +115,5 @@ def test_admins_have_a_token_of_their_own(folder: Path) -> None:
     async def absent(client: httpx.AsyncClient, service: Service) -> None:
         assert (await client.post("/admin/swap", content=body, headers=TOKEN)).status_code == 404
 
-    run(scenario(folder, "thread"), guarded, admin_token="open sesame", api_key="key")
+    run(scenario(folder, "thread"), guarded, admin_token="open sesame", api_keys={"ours": "key"})
     run(scenario(folder, "thread"), absent)

@@ -9,9 +9,8 @@ stream, as an event.
 from __future__ import annotations
 
 import hashlib
-import hmac
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from msgspec.structs import replace
@@ -26,25 +25,28 @@ from gpuplan.serve.http.exchange import ClientGone, Exchange, Handler, Receive, 
 from gpuplan.serve.metrics import Metrics
 from gpuplan.serve.server import RequestFailed, RequestRefused, Server, Ticket
 
+CLASS_LENGTH_MAX = 128
+"""Of a traffic class's name, as in a scenario."""
 SwapTo = Callable[[str, ModelSource, bool], Awaitable[None]]
 """Puts another version of a model into place: (model, source, beside). Raises InputError and RunError."""
 
 
 class App:
-    """The routes of a server. With `api_key`, all but the health routes want it as a bearer token. Admin routes exist
-    only with an `admin_token`, and want that one."""
+    """The routes of a server. With `api_keys` (by name), all but the health routes want one of them as a bearer token.
+    Admin routes exist only with an `admin_token`, and want that one."""
 
     def __init__(
         self,
         server: Server,
         metrics: Metrics,
         *,
-        api_key: str | None = None,
+        api_keys: Mapping[str, str] | None = None,
         admin_token: str | None = None,
         swap_to: SwapTo | None = None,
     ) -> None:
         self._server, self._metrics = server, metrics
-        self._key, self._admin_key = _digest(api_key), _digest(admin_token)
+        self._keys = {_digest(key): name for name, key in (api_keys or {}).items()}
+        self._admin_keys = {_digest(admin_token): "admin"} if admin_token else {}
         self._swap_to = swap_to
         self._models = {r.model: _Model.of(server, r.model, r.role) for r in server.deployment.replicas}
         self._started = int(time.time())
@@ -60,13 +62,18 @@ class App:
             "/v1/models": {"GET": self.models},
             "/metrics": {"GET": self.metrics},
         }
-        self._admin: dict[str, dict[str, Handler]] = {"/admin/swap": {"POST": self.swap}} if self._admin_key else {}
+        self._admin: dict[str, dict[str, Handler]] = {"/admin/swap": {"POST": self.swap}} if admin_token else {}
+        self._knocked = {self.completions, self.chat, self.classify, self.embeddings}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send)
         try:
             with exchange:
-                await self._handler(exchange)(exchange)
+                handler = self._handler(exchange)
+                if handler in self._knocked:
+                    await self._let_in(exchange, handler)
+                else:
+                    await handler(exchange)
         except Refusal as refusal:
             await exchange.refuse(refusal)
         except (RequestRefused, RequestFailed) as error:
@@ -78,20 +85,34 @@ class App:
                 await exchange.refuse(Refusal(500, "internal error"))
             raise
 
+    async def _let_in(self, exchange: Exchange, handler: Handler) -> None:
+        """A place is taken before anything of the request is read, so that a burst costs next to nothing."""
+        caller = exchange.caller
+        caller.traffic_class = exchange.headers.get(b"x-traffic-class", b"").decode("latin-1")[:CLASS_LENGTH_MAX]
+        caller.timeout_s = _timeout_s(exchange.headers.get(b"x-request-timeout-ms"))
+        self._server.knock(caller)
+        try:
+            await handler(exchange)
+        finally:
+            self._server.leave(caller)
+
     def _handler(self, exchange: Exchange) -> Handler:
         """Who answers. Raises Refusal for an unknown route, a wrong method or a wrong key."""
-        key = self._key
+        keys = self._keys
         methods = self._guarded.get(exchange.path)
         if methods is None and (methods := self._open.get(exchange.path)) is not None:
-            key = None
+            keys = {}
         if methods is None and (methods := self._admin.get(exchange.path)) is not None:
-            key = self._admin_key
+            keys = self._admin_keys
         if methods is None:
             raise Refusal(404, "no such route")
-        if key is not None:
+        if keys:
+            # By digest: how long a look-up takes tells nothing of the key.
             given = exchange.headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-            if not hmac.compare_digest(hashlib.sha256(given).digest(), key):
+            name = keys.get(hashlib.sha256(given).digest())
+            if name is None:
                 raise Refusal(401, "a valid key is needed", headers=((b"www-authenticate", b"Bearer"),))
+            exchange.caller.key = name
         handler = methods.get("GET" if exchange.method == "HEAD" else exchange.method)
         if handler is None:
             allowed = ", ".join(methods).encode()
@@ -104,9 +125,9 @@ class App:
         body = await exchange.body(bodies.classify)
         started_s = time.monotonic()
         model = self._model(body.model, "classifier")
-        prompts, single = self._inputs(model, body.input)
+        prompts, single = self._inputs(exchange, model, body.input)
         request_id = exchange.request_id()
-        outputs = await self._one_step(model, prompts, request_id)
+        outputs = await self._one_step(exchange, model, prompts, request_id)
         results = [
             {"label": o.text, "confidence": (o.scores or {}).get(o.text, 1.0), "scores": o.scores} for o in outputs
         ]
@@ -120,22 +141,28 @@ class App:
         if body.dimensions is not None:
             raise Refusal(400, "dimensions: embeddings come as long as the model makes them", param="dimensions")
         model = self._model(body.model, "embedder")
-        prompts, _ = self._inputs(model, body.input)
+        prompts, _ = self._inputs(exchange, model, body.input)
         request_id = exchange.request_id()
-        outputs = await self._one_step(model, prompts, request_id)
+        outputs = await self._one_step(exchange, model, prompts, request_id)
         # An emulated model has no vectors to give: its embeddings are empty.
         vectors = [output.embedding or b"" for output in outputs]
         tokens = sum(len(prompt.token_ids) for prompt in prompts)
         answer = openai.embeddings(model.name, vectors, tokens, as_base64=body.encoding_format == "base64")
         await exchange.answer(encode(answer), headers=_identified(request_id))
 
-    async def _one_step(self, model: _Model, prompts: Sequence[Prompt], request_id: str) -> list[Output]:
+    async def _one_step(
+        self, exchange: Exchange, model: _Model, prompts: Sequence[Prompt], request_id: str
+    ) -> list[Output]:
         """One output for each prompt; when one fails, all do."""
         tickets: list[Ticket] = []
         try:
             for prompt in prompts:
                 client_id = "" if tickets else request_id
-                tickets.append(self._server.submit(model.name, prompt, output_tokens=0, client_id=client_id))
+                tickets.append(
+                    self._server.submit(
+                        model.name, prompt, output_tokens=0, client_id=client_id, caller=exchange.caller
+                    )
+                )
             outputs = [output for ticket in tickets if (output := await ticket.next()) is not None]
         finally:
             for ticket in tickets:
@@ -144,11 +171,11 @@ class App:
             raise RequestFailed("no output")
         return outputs
 
-    def _inputs(self, model: _Model, given: bodies.Input) -> tuple[list[Prompt], bool]:
+    def _inputs(self, exchange: Exchange, model: _Model, given: bodies.Input) -> tuple[list[Prompt], bool]:
         inputs, single = bodies.prompts_of(given, "input")
         if len(inputs) > bodies.INPUTS_MAX:
             raise Refusal(400, f"input holds more than {bodies.INPUTS_MAX} prompts", param="input")
-        return [self._prompt(model, one, "input") for one in inputs], single
+        return [self._prompt(exchange, model, one, "input") for one in inputs], single
 
     # --- models that generate -------------------------------------------------------------------------------------
 
@@ -166,12 +193,16 @@ class App:
         model = self._model(body.model)
         tokens_max = body.tokens_max() if model.role == "decoder" else 0
         sampling = body.sampling()
-        prompt = replace(self._prompt(model, given, param, tokens_max), output_tokens=tokens_max, sampling=sampling)
+        prompt = replace(
+            self._prompt(exchange, model, given, param, tokens_max), output_tokens=tokens_max, sampling=sampling
+        )
         request_id = exchange.request_id()
         reply = openai.Reply(
             kind, request_id, model.name, int(time.time()), with_logprobs=sampling.logprobs is not None
         )
-        ticket = self._server.submit(model.name, prompt, output_tokens=tokens_max, client_id=request_id)
+        ticket = self._server.submit(
+            model.name, prompt, output_tokens=tokens_max, client_id=request_id, caller=exchange.caller
+        )
         try:
             first = await ticket.next()  # a refusal comes here, before any header is sent
             if body.stream:
@@ -266,7 +297,9 @@ class App:
             raise Refusal(400, f"{name} is not {_ARTICLES[role]}", param="model")
         return model
 
-    def _prompt(self, model: _Model, given: str | bodies.Ids, param: str, tokens_max: int = 0) -> Prompt:
+    def _prompt(
+        self, exchange: Exchange, model: _Model, given: str | bodies.Ids, param: str, tokens_max: int = 0
+    ) -> Prompt:
         """A text as the model counts it, or token ids as they are. Raises Refusal for one that is empty or does not
         fit the model's context together with `tokens_max` more."""
         if not isinstance(given, str):
@@ -275,6 +308,7 @@ class App:
                 raise Refusal(400, f"token id {max(given)} is not in the vocabulary of {size}", param=param)
             prompt = Prompt("", given)
         elif given.strip():
+            self._server.refuse_if_full(model.name, exchange.caller, exchange.request_id())
             prompt = self._server.tokenize(model.name, given)
         else:
             raise Refusal(400, f"{param} has to be text that is not empty", param=param)
@@ -309,8 +343,17 @@ class _Model(NamedTuple):
 _ARTICLES: dict[Role, str] = {"decoder": "a decoder", "classifier": "a classifier", "embedder": "an embedder"}
 
 
-def _digest(key: str | None) -> bytes | None:
-    return hashlib.sha256(key.encode()).digest() if key else None
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+def _timeout_s(given: bytes | None) -> float | None:
+    """The header's milliseconds. Raises Refusal for what is no positive number."""
+    if given is None:
+        return None
+    if not given.isdigit() or len(given) > 9 or int(given) == 0:
+        raise Refusal(400, "X-Request-Timeout-Ms has to be a whole number of milliseconds, at least 1")
+    return int(given) / 1e3
 
 
 def _identified(request_id: str) -> tuple[tuple[bytes, bytes]]:

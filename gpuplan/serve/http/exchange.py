@@ -19,6 +19,7 @@ import msgspec
 
 from gpuplan.serve.http import openai
 from gpuplan.serve.http.errors import Refusal
+from gpuplan.serve.server import Caller
 
 BODY_BYTES_MAX = 4 << 20
 """Four times a 128k-token prompt of English text."""
@@ -44,7 +45,7 @@ class ClientGone(Exception):
 
 
 class Exchange:
-    """`started` says that a status line is out. Everything happens inside `with exchange:`."""
+    """`started` says that a status line is out, `caller` who asks. Everything happens inside `with exchange:`."""
 
     __slots__ = (
         "_cut_with",
@@ -56,6 +57,7 @@ class Exchange:
         "_task",
         "_timer",
         "_watcher",
+        "caller",
         "headers",
         "method",
         "path",
@@ -72,6 +74,7 @@ class Exchange:
         self.path: str = scope["path"]
         self.headers: dict[bytes, bytes] = dict(scope["headers"])  # names in lower case
         self.started = False
+        self.caller = Caller()
         self._read = self.method != "POST"  # whether the body is here, or none is asked for
         self._deadline_set = False
         self._watcher: asyncio.Task[None] | None = None

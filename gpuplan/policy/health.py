@@ -1,0 +1,89 @@
+"""Which replicas and models are sound, by what came of their requests and how long their steps took.
+
+Every request that ends tells its replica's breaker and its model's how it went; what a client did wrong says nothing,
+and a replica that is lost counts once, however many ran on it. A replica whose breaker is open gets nothing: what
+waits for it waits for another. A model whose breaker is open takes nobody.
+
+Slow is a replica whose steps take `slow_factor` times as long, by its model, as those of its fastest sound neighbour do
+by theirs; it must have been so for some steps in a row. Without a neighbour nothing is slow: somebody has to do it.
+"""
+
+from __future__ import annotations
+
+from gpuplan.policy.admission import RETRY_AFTER_S_MIN, refusal
+from gpuplan.policy.state import ModelState, ReplicaState, Sequence
+from gpuplan.policy.vocabulary import Action, Reject, RunStep
+
+SLOW_STEPS = 8
+"""So many slow ones in a row: more than a hiccup of the host, less than a second of most models."""
+
+
+def record(
+    model: ModelState, replica: ReplicaState, ok: bool, now_s: float, actions: list[Action], *, probe: bool = False
+) -> None:
+    """A request ended well or not, or the replica was lost. `probe`: it is the one that tries the model."""
+    breakers = [replica.breaker]
+    if probe or not model.breaker.probing:  # what others make of it is not the probe's word
+        breakers.append(model.breaker)
+    for breaker in breakers:
+        trip = breaker.record(ok, now_s=now_s)
+        if trip is not None:
+            actions.append(trip)
+
+
+def step_done(model: ModelState, replica: ReplicaState, step: RunStep, now_s: float, actions: list[Action]) -> bool:
+    """A step has run. Tells the replica's pace and limit; gives whether the step was so slow that it counts as a
+    failure."""
+    seconds = now_s - replica.step_began_s
+    expected_s = replica.pace.ran(step.load, seconds)
+    carried = len(step.prefills) + len(step.decodes)
+    replica.limit.step_done(carried, seconds, expected_s if replica.pace.by_roofline else None)
+    if len(model.replicas) == 1 or seconds <= 0.0:
+        return False
+    neighbours = [r.pace.drift for r in model.replicas if r is not replica and _compares(replica, r)]
+    if not neighbours:
+        return False
+    ratio = seconds / (expected_s * min(neighbours))
+    if ratio < replica.breaker.slow_factor:
+        replica.slow_steps = 0
+        return False
+    replica.slow_steps += 1
+    if replica.slow_steps < SLOW_STEPS and replica.breaker.state == "closed":
+        return False
+    trip = replica.breaker.slow(ratio, now_s=now_s)
+    if trip is not None:
+        replica.slow_steps = 0
+        actions.append(trip)
+    return trip is not None
+
+
+def wake(model: ModelState, now_s: float, actions: list[Action]) -> None:
+    """Breakers that are due let a probe through."""
+    if (trip := model.breaker.wake(now_s=now_s)) is not None:
+        actions.append(trip)
+    for replica in model.replicas:
+        if (trip := replica.breaker.wake(now_s=now_s)) is not None:
+            replica.pace.forget()  # it may be as fast as ever
+            actions.append(trip)
+
+
+def probe_lost(s: Sequence) -> None:
+    """A request has gone before it was known how it ends: if it was a probe, there is to be another."""
+    if s.probe:
+        s.model.breaker.probe_lost()
+    if s.replica is not None and not s.replica.running:
+        s.replica.breaker.probe_lost()
+
+
+def circuit_open(model: ModelState, s: Sequence, now_s: float) -> Reject:
+    """The refusal while the model, or every replica that could hold the request, is left alone."""
+    dues_s = [b.due_s() for b in (model.breaker, *(r.breaker for r in model.replicas if r.available))]
+    due_s = min((due_s for due_s in dues_s if due_s is not None), default=now_s + RETRY_AFTER_S_MIN)
+    return refusal(s.request_id, "circuit_open", due_s - now_s)
+
+
+def _compares(replica: ReplicaState, other: ReplicaState) -> bool:
+    """Sound, and their drifts are of the same measure."""
+    if not other.up or other.breaker.state != "closed" or not other.pace.known or not other.pace.drift:
+        return False
+    return replica.pace.by_roofline or replica.spec.slice.name == other.spec.slice.name

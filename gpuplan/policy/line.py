@@ -1,0 +1,121 @@
+"""Who waits, and who goes next.
+
+A `Line` holds the sequences that wait for one replica. Inside a priority the earliest deadline goes first (Liu and
+Layland, 1973: what can be met at all is met that way); whoever has none is taken to have one PATIENCE_S after its
+arrival, so without deadlines it is first come, first served. Between priorities the lower number goes first, unless the
+other has waited `ageing` longer for each priority that lies between them. So nobody starves: those that come later fall
+behind in the end, whatever their priority and deadline.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from gpuplan.policy.state import Sequence
+
+PATIENCE_S = 60.0
+"""In the order alone: as Nginx's and most clients' time limit."""
+Entry = tuple[float, int, "Sequence"]
+
+
+class Ahead(NamedTuple):
+    """What goes before a sequence of some priority: requests, their prompt tokens, and the KV cache of all of them."""
+
+    requests: int
+    prompt_tokens: int
+    kv_tokens: int
+
+
+NOBODY = Ahead(0, 0, 0)
+
+
+class _Level:
+    """One priority's heap. Entries of sequences that have left are dead: they go when they come to the top, or when
+    there are more of them than of the living."""
+
+    __slots__ = ("count", "heap", "kv_tokens", "priority", "prompt_tokens")
+
+    def __init__(self, priority: int) -> None:
+        self.priority = priority
+        self.heap: list[Entry] = []
+        self.count = self.prompt_tokens = self.kv_tokens = 0
+
+    def top(self) -> Sequence | None:
+        heap = self.heap
+        while heap and heap[0][2].entry is not heap[0]:
+            heapq.heappop(heap)
+        return heap[0][2] if heap else None
+
+
+class Line:
+    """The sequences that wait for one replica. Each is in one line at most."""
+
+    __slots__ = ("_ageing_s", "_levels")
+
+    def __init__(self, ageing_s: float) -> None:
+        self._ageing_s = ageing_s
+        self._levels: list[_Level] = []
+
+    def __len__(self) -> int:
+        levels = self._levels
+        return levels[0].count if len(levels) == 1 else sum(level.count for level in levels)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """In no order in particular."""
+        return (entry[2] for level in self._levels for entry in level.heap if entry[2].entry is entry)
+
+    def push(self, s: Sequence) -> None:
+        level = self._level(s.priority)
+        due_s = s.arrived_s + PATIENCE_S if s.deadline_s is None else s.deadline_s
+        s.entry = entry = (due_s, s.request_id, s)
+        heapq.heappush(level.heap, entry)
+        level.count += 1
+        level.prompt_tokens += s.prompt_tokens
+        level.kv_tokens += s.kv_tokens
+
+    def head(self) -> Sequence | None:
+        """Who goes next."""
+        levels = self._levels
+        if len(levels) == 1:
+            return levels[0].top()
+        heads = [(s, level.priority) for level in levels if (s := level.top()) is not None]
+        if not heads:
+            return None
+        return min(heads, key=lambda head: (head[0].arrived_s + head[1] * self._ageing_s, head[1]))[0]
+
+    def remove(self, s: Sequence) -> None:
+        """It must be here."""
+        level = self._level(s.priority)
+        s.entry = None
+        level.count -= 1
+        level.prompt_tokens -= s.prompt_tokens
+        level.kv_tokens -= s.kv_tokens
+        if len(level.heap) > 2 * level.count + 16:
+            level.heap = [entry for entry in level.heap if entry[2].entry is entry]
+            heapq.heapify(level.heap)
+
+    def ahead_of(self, priority: int) -> Ahead:
+        """Those of this priority and of the more urgent ones; who would go last of them is not told apart."""
+        levels = self._levels
+        if len(levels) == 1:
+            level = levels[0]
+            if level.priority > priority:
+                return NOBODY
+            return Ahead(level.count, level.prompt_tokens, level.kv_tokens)
+        before = [level for level in levels if level.priority <= priority]
+        return Ahead(
+            sum(level.count for level in before),
+            sum(level.prompt_tokens for level in before),
+            sum(level.kv_tokens for level in before),
+        )
+
+    def _level(self, priority: int) -> _Level:
+        for level in self._levels:
+            if level.priority == priority:
+                return level
+        self._levels.append(_Level(priority))
+        self._levels.sort(key=lambda level: level.priority)
+        return self._level(priority)
