@@ -206,7 +206,7 @@ class ServingCore:
         if isinstance(home, Reject):
             actions.append(home)
             return None
-        expected_s = dispatch.finish_s(home, s, now_s=self._now_s)
+        expected_s = dispatch.expected(home, s, now_s=self._now_s).finish_s
         if s.deadline_s is not None and home.pace.known and self._now_s + expected_s > s.deadline_s:
             actions.append(refusal(s.request_id, "deadline", self._now_s + expected_s - s.deadline_s))
             return None
@@ -257,7 +257,7 @@ class ServingCore:
             self._fail([s], "no_replica", actions)
             return
         taken_from = came_from.spec.id if came_from is not home else ""
-        self._assign(home, s, dispatch.finish_s(home, s, now_s=self._now_s), actions, taken_from)
+        self._assign(home, s, dispatch.expected(home, s, now_s=self._now_s).finish_s, actions, taken_from)
 
     def _cancel(self, event: Cancel, actions: list[Action]) -> ModelState | None:
         s = self._sequences.get(event.request_id)
@@ -497,7 +497,7 @@ class ServingCore:
             home = s.home
             assert home is not None, "what waits has a home"
             home.wait_no_longer(s)
-            self._assign(replica, s, dispatch.finish_s(replica, s, now_s=self._now_s), actions, home.spec.id)
+            self._assign(replica, s, dispatch.expected(replica, s, now_s=self._now_s).finish_s, actions, home.spec.id)
             replica.take(s)
 
     def _start(self, replica: ReplicaState, step: RunStep, actions: list[Action]) -> None:
