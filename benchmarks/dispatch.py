@@ -93,9 +93,8 @@ def main() -> None:
         rows = list(itertools.islice(traces.read(options.traces / name), options.requests))
         capacity = capacity_per_s(scenario, rows)
         speed = options.load * capacity * rows[-1].arrived_at_s / len(rows)
-        print(
-            f"{name}: {len(rows)} requests on {options.layout}, which answers {capacity:.1f} a second; load {options.load:.0%}"
-        )
+        print(f"{name}: {len(rows)} requests on {options.layout}")
+        print(f"  {capacity:.1f} a second when all of them wait at once; load {options.load:.0%} of that")
         print(f"  {'TTFT ms':16} {'p50':>8} {'p95':>8} {'p99':>8}   {'E2E p95':>8}")
         found: dict[str, Figures] = {}
         for told, make in DISPATCHERS.items():
@@ -105,10 +104,8 @@ def main() -> None:
         ours = found["gpuplan"]
         for told in DISPATCHERS:
             if told != "gpuplan":
-                ratios = [a / b for a, b in zip(ours, found[told], strict=True)]
-                print(
-                    f"  gpuplan / {told:14} p50 x {ratios[0]:.2f}, p95 x {ratios[1]:.2f}, p99 x {ratios[2]:.2f}, E2E p95 x {ratios[3]:.2f}"
-                )
+                p50, p95, p99, e2el = (a / b for a, b in zip(ours, found[told], strict=True))
+                print(f"  gpuplan / {told:14} p50 x {p50:.2f}, p95 x {p95:.2f}, p99 x {p99:.2f}, E2E p95 x {e2el:.2f}")
 
 
 def scenario_of(layout: list[str]) -> Scenario:

@@ -55,7 +55,7 @@ class ByCompletion:
 
 
 class Expected(NamedTuple):
-    """When a replica would give a sequence its first token (or its one answer), and how long the rest takes: seconds."""
+    """Seconds until a replica would give a sequence its first token, or its one answer, and those that the rest takes."""
 
     first_s: float
     rest_s: float
