@@ -14,7 +14,7 @@ import msgspec
 
 from gpuplan.errors import InputError
 from gpuplan.hardware import catalog, mig, profiles, roofline, shapes
-from gpuplan.scenario import onnx_files
+from gpuplan.scenario import faults, onnx_files
 from gpuplan.scenario.demand import (
     AdmissionSpec,
     AutoscaleSpec,
@@ -27,6 +27,7 @@ from gpuplan.scenario.demand import (
     Scenario,
 )
 from gpuplan.scenario.demand import Role as Role
+from gpuplan.scenario.faults import Fault
 
 CPU = "cpu"
 VERSION_MARK = "#"
@@ -75,7 +76,7 @@ class Replica:
 @dataclass(frozen=True, slots=True)
 class Deployment:
     """The supply side: `gpu` is None for the host's CPU. `layouts` holds each card's profile names. `traffic_classes`
-    are those told apart: the scenario's and those with rules of their own."""
+    are those told apart: the scenario's and those with rules of their own. `faults` are those to be injected."""
 
     gpu: catalog.Gpu | None
     price_per_hour: float
@@ -88,6 +89,7 @@ class Deployment:
     admission: AdmissionSpec = AdmissionSpec()
     breakers: BreakerSpec = BreakerSpec()
     traffic_classes: tuple[str, ...] = ()
+    faults: tuple[Fault, ...] = ()
 
     @property
     def gpu_name(self) -> str:
@@ -194,8 +196,10 @@ def profile_rows(seen: Iterable[mig.Profile]) -> list[MigProfileSpec]:
 
 
 def resolve(scenario: Scenario) -> Deployment:
-    """The scenario's own deployment."""
-    return build(scenario.deployment, scenario.models)
+    """The scenario's own deployment, with the faults that it is to suffer."""
+    own = build(scenario.deployment, scenario.models)
+    ids = {model: [r.id for r in own.replicas_of(model)] for model in own.models}
+    return replace(own, faults=faults.resolve(scenario.faults, ids, seed=scenario.seed))
 
 
 def build(spec: DeploymentSpec, models: Mapping[str, ModelSource]) -> Deployment:

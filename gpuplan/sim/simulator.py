@@ -18,6 +18,7 @@ from gpuplan.policy.vocabulary import (
     Action,
     Arrive,
     Event,
+    ReplicaDown,
     ReplicaUp,
     RunStep,
     StepDone,
@@ -31,6 +32,8 @@ from gpuplan.scenario import files
 from gpuplan.scenario.demand import Scenario
 from gpuplan.scenario.deployment import Deployment
 from gpuplan.scenario.schedule import Schedule, ScheduledRequest
+from gpuplan.scenario.script import NAN_OUTPUT
+from gpuplan.sim.faults import Injection
 from gpuplan.sim.service_times import ServiceTimes, step_costs
 from gpuplan.telemetry.emulated import EmulatedCards
 
@@ -75,6 +78,7 @@ def simulate(
                 *supply.differences(scenario.deployment),
                 *supply.assumptions(deployment),
                 *service_times.notes(deployment),
+                *simulation.faults.notes(max(schedule.duration_s, simulation.now_s)),
             ],
         ),
         *tables,
@@ -102,6 +106,7 @@ class _Simulation:
         self._recorder, self._cards = recorder, cards
         self._running: list[tuple[float, int, StepDone | StepFailed]] = []
         self._sample_due_s = 0.0
+        self.faults = Injection(deployment)
         self.now_s = 0.0
         for replica in deployment.replicas:
             self._feed(ReplicaUp(replica.id), 0.0)
@@ -111,11 +116,17 @@ class _Simulation:
         draws = ((r.scheduled_s + self._links.choice(self._uplink_s), r) for r in schedule.requests)
         arrivals = iter(sorted(draws, key=lambda drawn: drawn[0]))
         arrival_s, coming = next(arrivals, (float("inf"), None))
-        core, running, never = self._core, self._running, float("inf")
+        core, running, faults, never = self._core, self._running, self.faults, float("inf")
+        if coming is not None:
+            faults.begin(arrival_s)
         while True:
             step_s = running[0][0] if running else never
             timer_s = core.next_timer_s()
-            if timer_s is not None and timer_s <= min(arrival_s, step_s):
+            # What nobody would notice any more does not prolong the run.
+            fault_s = faults.next_s if coming is not None or core.in_flight else never
+            if fault_s < never and fault_s <= min(arrival_s, step_s, never if timer_s is None else timer_s):
+                self._fault(fault_s)
+            elif timer_s is not None and timer_s <= min(arrival_s, step_s):
                 self._feed(Wake(), max(timer_s, self.now_s))
             elif step_s <= arrival_s and running:
                 done_s, _, event = heapq.heappop(running)
@@ -140,6 +151,14 @@ class _Simulation:
             if type(action) is RunStep:
                 self._start(action, now_s)
 
+    def _fault(self, now_s: float) -> None:
+        event = self.faults.pop()
+        if type(event) is ReplicaDown:  # what ran there never ends
+            self._running[:] = [due for due in self._running if due[2].replica_id != event.replica_id]
+            heapq.heapify(self._running)
+        if event is not None:
+            self._feed(event, now_s)
+
     def _start(self, step: RunStep, now_s: float) -> None:
         costs, seconds = self._costs[step.replica_id], 0.0
         event: StepDone | StepFailed = StepDone(step.replica_id, step.step_id)
@@ -147,7 +166,9 @@ class _Simulation:
             seconds = self._timers[step.replica_id](step.load)
         else:
             event = StepFailed(step.replica_id, step.step_id, OUT_OF_MEMORY)
-        heapq.heappush(self._running, (now_s + seconds, step.step_id, event))
+        ends, seconds = self.faults.befall(step, event, seconds, now_s)
+        if ends is not None:
+            heapq.heappush(self._running, (now_s + seconds, step.step_id, ends))
 
     def _sample_until(self, now_s: float) -> None:
         while self._cards is not None and self._sample_due_s <= now_s:
@@ -156,7 +177,13 @@ class _Simulation:
 
 
 # What a live server answers; every other refusal is a 429.
-_REFUSALS = {"too_long": ("error", 400), OUT_OF_MEMORY: ("error", 503)}
+_REFUSALS = {
+    "too_long": ("error", 400),
+    "no_replica": ("rejected", 503),
+    "replica_lost": ("error", 503),
+    OUT_OF_MEMORY: ("error", 503),
+    NAN_OUTPUT: ("error", 500),
+}
 
 
 def _answer(request: ScheduledRequest, served: Served, warmup_s: float, downlink_s: float) -> Answer:
@@ -165,13 +192,16 @@ def _answer(request: ScheduledRequest, served: Served, warmup_s: float, downlink
     answer.sent_s = request.scheduled_s
     if served.finished_s is not None:
         answer.done_s = served.finished_s + downlink_s
+    times = served.token_s
     if served.outcome != "completed":
         status, http_status = _REFUSALS.get(served.outcome, ("rejected", 429))
         answer.status, answer.error, answer.http_status = status, served.outcome, http_status
-        return answer
+        # A stream that was lost is a 200 with an error at its end; the step that failed it gave it no token.
+        times = [t for t in times if served.finished_s is None or t < served.finished_s]
+        if not times:
+            return answer
     answer.http_status = 200
     if request.output_tokens:
-        times = served.token_s
         answer.first_token_s = times[0] + downlink_s
         answer.tokens = len(times)
         answer.gaps_ms = [(b - a) * 1e3 for a, b in itertools.pairwise(times)]
