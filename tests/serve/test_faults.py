@@ -6,6 +6,7 @@ A host that is busy makes everything later and nothing earlier, so waits are tes
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
@@ -15,18 +16,29 @@ import pytest
 
 from gpuplan.load.bench import BenchOptions, bench
 from gpuplan.policy.core import ServingCore
-from gpuplan.policy.vocabulary import Action, Decision, Event, ReplicaDown, ReplicaUp, RunStep, StepDone, StepFailed
+from gpuplan.policy.vocabulary import (
+    Action,
+    Arrive,
+    Decision,
+    Event,
+    ReplicaDown,
+    ReplicaUp,
+    RunStep,
+    StepDone,
+    StepFailed,
+)
 from gpuplan.record.run import Run
 from gpuplan.scenario import deployment, files
 from gpuplan.scenario.build import build
 from gpuplan.scenario.demand import Scenario
 from gpuplan.scenario.deployment import Deployment
 from gpuplan.scenario.schedule import build_schedule
+from gpuplan.serve.engines import EngineLost
 from gpuplan.serve.faults import Injection
 from gpuplan.serve.server import RequestRefused, Server, Ticket
 from gpuplan.sim.service_times import ServiceTimes
 from gpuplan.sim.simulator import simulate
-from tests.serve.test_worker import answer, worker
+from tests.serve.test_worker import answer, step, worker
 
 from .conftest import SCENARIO, FakeEngine
 
@@ -93,12 +105,12 @@ def test_a_crash_takes_the_step_that_runs_and_the_replica_is_back_after_its_time
         await scene.journal.until(ReplicaDown)
         engine.gate.set()
         assert await answer(ticket) == "ok", "it ran again"
+        assert (engine.loads, engine.closed) == (2, True), "the memory of the dead is free, and it is loaded anew"
 
     scene.play(play)
     ((down_s, down),), ((up_s, _),) = (scene.journal.since_first_s(kind) for kind in (ReplicaDown, ReplicaUp))
     assert 0.1 <= down_s < up_s and up_s >= 0.5
     assert down.reason == "an injected crash" and down.returns
-    assert (engine.loads, engine.closed) == (2, True), "the memory of the dead is free, and it is loaded anew"
     assert len(engine.steps) == 2
 
 
@@ -164,7 +176,7 @@ def test_a_hang_is_noticed_after_the_step_timeout() -> None:
 def test_a_replica_that_crashes_while_it_hangs_is_lost_once() -> None:
     scene = Scene(
         [
-            {"at": 0.0, "replica": "mood-0", "hang": {}},
+            {"at": 0.0, "replica": "mood-0", "hang": {"back_after": 60.0}},
             {"at": 0.1, "replica": "mood-0", "crash": {"back_after": 0.0}},
         ],
         {"step_timeout": 0.3},
@@ -243,7 +255,44 @@ def test_a_step_that_is_too_large_has_no_memory() -> None:
     scene.play(play)
     (failed,) = [event for _, event, _ in scene.journal.rows if isinstance(event, StepFailed)]
     assert failed.reason == "out_of_memory"
-    assert [len(step.prefills) for step in scene.engines["mood-0"].steps] == [1, 1, 1]
+    assert [len(step_.prefills) for step_ in scene.engines["mood-0"].steps] == [1, 1, 1]
+
+
+class Endless(FakeEngine):
+    """A fake whose steps take longer than any test."""
+
+    cancelled = False
+
+    async def run(self, step: Any, prompts: Any, *, asked_s: float) -> Any:
+        self.steps.append(step)
+        try:
+            await asyncio.sleep(600)
+        except asyncio.CancelledError:
+            self.cancelled = True
+            raise
+
+
+def test_what_an_engine_is_asked_when_it_is_lost_never_reaches_it() -> None:
+    """A server may ask before it has heard of the loss."""
+    scene, engine = Scene([{"at": 0.1, "replica": "mood-0", "crash": {}}]), Endless()
+
+    async def main() -> None:
+        injection = Injection(scene.deployment)
+        faulty = injection.into(scene.deployment.replicas_of("mood")[0], engine)
+        await faulty.load()
+        asked_s = time.monotonic()
+        injection.decided(Arrive(1, "mood", 2), [], now_s=asked_s)
+        running = asyncio.ensure_future(faulty.run(*step("a"), asked_s=asked_s))
+        assert await faulty.gone() == "an injected crash"
+        with pytest.raises(EngineLost):
+            await running
+        with pytest.raises(EngineLost):
+            await faulty.run(*step("a"), asked_s=asked_s + 0.2)
+        await asyncio.sleep(0)
+        assert len(engine.steps) == 1
+        assert engine.cancelled, "nobody waits for the step that was lost"
+
+    asyncio.run(asyncio.wait_for(main(), 20))
 
 
 def test_an_engine_without_faults_is_left_as_it_is(fake_deployment: Deployment) -> None:
