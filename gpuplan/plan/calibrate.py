@@ -17,7 +17,8 @@ from gpuplan.policy.cost import step_costs
 from gpuplan.record import summary
 from gpuplan.record.run import Run
 from gpuplan.scenario import files
-from gpuplan.scenario.deployment import place_of, resolve
+from gpuplan.scenario.demand import SlowFault
+from gpuplan.scenario.deployment import Deployment, place_of, resolve
 from gpuplan.scenario.schedule import Schedule, ScheduledRequest
 from gpuplan.sim.service_times import Fit, ServiceTimes
 from gpuplan.sim.simulator import simulate
@@ -47,6 +48,7 @@ def fit(run: Run, *, until_s: float = float("inf")) -> ServiceTimes:
     deployment = resolve(files.from_builtins(run.meta.scenario))
     by_id = {r.id: r for r in deployment.replicas}
     steps = run.batches[~run.batches["failed"].astype(bool) & (run.batches["started_s"] < until_s)]
+    steps = steps[~_slowed(steps, deployment, begun_s=float(run.requests["arrived_s"].min()))]
     groups: dict[tuple[str, str], list[pd.DataFrame]] = {}
     for replica_id, rows in steps.groupby("replica"):
         replica = by_id.get(place_of(str(replica_id)))
@@ -114,6 +116,16 @@ def schedule_of(run: Run) -> Schedule:
         for i, s, c, m, p, o in rows[list(columns)].itertuples(index=False)
     )
     return Schedule(tuple(sorted(requests, key=lambda r: r.scheduled_s)), run.meta.duration_s)
+
+
+def _slowed(steps: pd.DataFrame, deployment: Deployment, *, begun_s: float) -> NDArray[np.bool_]:
+    """Which steps an injected fault made slower: they say nothing of the card."""
+    slowed, since_s = np.zeros(len(steps), dtype=bool), steps["started_s"].to_numpy() - begun_s
+    for fault in deployment.faults:
+        if isinstance(fault.kind, SlowFault):
+            here = steps["replica"].map(place_of).to_numpy() == fault.replica_id
+            slowed |= here & (since_s >= fault.at_s) & (since_s < fault.until_s)
+    return slowed
 
 
 def _loads(rows: list[Any]) -> tuple[list[StepLoad], NDArray[np.float64]]:

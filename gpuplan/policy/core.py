@@ -345,6 +345,8 @@ class ServingCore:
 
     def _replica_up(self, event: ReplicaUp, actions: list[Action]) -> ModelState | None:
         replica = self._replicas[event.replica_id]
+        if replica.phase == "standby":
+            return None  # nobody has asked for it
         replica.up, replica.returning = True, False
         if replica.phase == "starting":
             replica.phase = "serving"
@@ -352,6 +354,8 @@ class ServingCore:
 
     def _replica_down(self, event: ReplicaDown, actions: list[Action]) -> ModelState | None:
         model, replica = self._model_of[event.replica_id], self._replicas[event.replica_id]
+        if replica.phase == "standby":
+            return None
         running, replica.step = replica.step, None
         was_up, replica.up, replica.returning = replica.up, False, event.returns
         replica.ready_s = self._now_s + RETURN_S

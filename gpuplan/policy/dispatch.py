@@ -9,7 +9,8 @@ Of more than MANY replicas two are looked at, chosen by the request's number (Mi
 2001).
 
 Work stealing: a replica with room and nobody in its line takes the next of another's, from the one that would finish
-last, as long as the sequence fares better here than there. What has started is never moved.
+last, as long as the sequence fares better here than there, and unless it starts there with the next step anyway. What
+has started is never moved.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from gpuplan.policy.line import NOBODY, Ahead
 from gpuplan.policy.state import ModelState, ReplicaState, Sequence
 
 MANY = 16
+SPREAD = 0.1
+"""A full replica's estimate counts for so much more than an empty one's: estimates are off by some percent, and what is
+spread loses less when one replica is lost."""
 DIGITS = 6
 """Estimates are in whole microseconds, so that a log replayed on a clock that began elsewhere gives the same ties."""
 FIRST_TOKEN = 8.0
@@ -55,7 +59,7 @@ class ByCompletion:
 
 
 class Expected(NamedTuple):
-    """Seconds until a replica would give a sequence its first token, or its one answer, and those that the rest takes."""
+    """Seconds until a replica would give a sequence its first token, or its one answer, and that the rest takes."""
 
     first_s: float
     rest_s: float
@@ -87,7 +91,9 @@ def expected(replica: ReplicaState, s: Sequence, *, now_s: float, ahead: Ahead |
     sequences = min(together, replica.limit.limit)
     context = replica.context_tokens + s.prompt_tokens
     step_s = pace.decode_step_s(sequences, context)
-    start_s = free_s + pace.prompt_s(replica.prompts_left + ahead.prompt_tokens + s.prompt_tokens)
+    being_read = replica.step.load.prefill_tokens if replica.step is not None else 0
+    prompts = replica.prompts_left - being_read + ahead.prompt_tokens + s.prompt_tokens
+    start_s = free_s + pace.prompt_s(prompts)
     if running:
         # Half of what a running one generates is still to come, on average; then its place and cache are free.
         share = max(together - replica.limit.limit, 0) / running
@@ -113,7 +119,7 @@ def to_steal(model: ModelState, thief: ReplicaState, *, now_s: float) -> Sequenc
     best: tuple[float, Sequence] | None = None
     for victim in model.replicas:
         s = victim.line.head()
-        if s is None or victim is thief or not thief.has_room_for(s) or (victim.idle and victim.has_room_for(s)):
+        if s is None or victim is thief or not thief.has_room_for(s) or _starts_soon(victim, s, now_s):
             continue
         last_s = expected(victim, s, now_s=now_s).finish_s
         if best is not None and last_s <= best[0]:
@@ -124,9 +130,20 @@ def to_steal(model: ModelState, thief: ReplicaState, *, now_s: float) -> Sequenc
     return best[1] if best else None
 
 
+def _starts_soon(replica: ReplicaState, s: Sequence, now_s: float) -> bool:
+    """The sequence starts with the replica's next step, which is not far: a decoder's steps are short, unless one is
+    late by more than its own length."""
+    if not replica.has_room_for(s):
+        return False
+    return replica.step is None or (s.output_tokens > 0 and now_s <= 2 * replica.step_ends_s - replica.step_began_s)
+
+
 def _score(replica: ReplicaState, s: Sequence, now_s: float) -> float:
     score = expected(replica, s, now_s=now_s).score
-    return CERTAIN * score if replica.idle and not replica.running and not len(replica.line) else score
+    taken = replica.running + len(replica.line)
+    if not taken:
+        return CERTAIN * score if replica.idle else score
+    return score * (1 + SPREAD * min(taken / replica.limit.limit, 1.0))
 
 
 def _two_of(replicas: list[ReplicaState], request_id: int) -> list[ReplicaState]:

@@ -47,7 +47,7 @@ def _build(data: Any, kind: Any, key: str) -> Any:
 def _build_struct(data: Any, kind: type[msgspec.Struct], key: str) -> Any:
     _expect_mapping(data, key)
     hints = typing.get_type_hints(kind, include_extras=True)
-    fields = {field.name: field for field in msgspec.structs.fields(kind)}
+    fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
     tag_field = kind.__struct_config__.tag_field
     for name in data:
         if name not in fields and name != tag_field:
@@ -55,7 +55,7 @@ def _build_struct(data: Any, kind: type[msgspec.Struct], key: str) -> Any:
     values = {}
     for name, field in fields.items():
         if name in data:
-            values[name] = _build(data[name], hints[name], join(key, name))
+            values[field.name] = _build(data[name], hints[field.name], join(key, name))
         elif field.required:
             raise InputError("missing", key=join(key, name))
     return kind(**values)

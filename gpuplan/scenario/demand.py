@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from typing import Annotated, Any, Literal
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field
 
 Duration = Annotated[float, Meta(ge=0.0, extra={"duration": True})]
 """Seconds; in a file also `250ms`, `60s`, `5m`, `1h`."""
@@ -228,7 +228,7 @@ class BreakerSpec(Section, frozen=True):
 
     consecutive_failures: Annotated[int, Meta(ge=1, le=1000)] = 5
     failure_rate: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.5
-    window: Annotated[int, Meta(ge=1, le=10_000)] = 20
+    window: Annotated[int, Meta(ge=1, le=10_000)] = 50
     slow_factor: Annotated[float, Meta(gt=1.0, le=1000.0)] = 4.0
     open: Annotated[float, Meta(gt=0.0, le=3600.0, extra={"duration": True})] = 5.0
     open_max: Annotated[float, Meta(gt=0.0, le=86_400.0, extra={"duration": True})] = 60.0
@@ -312,6 +312,58 @@ class DeploymentSpec(Section, frozen=True):
     price_per_hour: Annotated[float, Meta(ge=0.0)] | None = None
 
 
+# --- what goes wrong ----------------------------------------------------------------------------------------------
+
+
+class CrashFault(Section, frozen=True):
+    """The replica dies with all that it runs. It is loaded again after `back_after`; left out: never."""
+
+    back_after: Duration | None = None
+
+
+class HangFault(Section, frozen=True):
+    """The replica's next step never ends. After its model's `step_timeout` it is lost with all that it runs, and loaded
+    again after `back_after`."""
+
+    back_after: Duration = 0.0
+
+
+class SlowFault(Section, frozen=True):
+    """Its steps take so many times as long."""
+
+    factor: Annotated[float, Meta(gt=1.0, le=1000.0)]
+
+
+class NanFault(Section, frozen=True):
+    """For this share of the requests that it gives a first token, or their one answer, the model gives no numbers."""
+
+    share: Annotated[float, Meta(gt=0.0, le=1.0)]
+
+
+class OutOfMemoryFault(Section, frozen=True):
+    """It has no memory for a step of more than so many requests."""
+
+    above_batch: Annotated[int, Meta(ge=1, le=4096)]
+
+
+FaultKind = CrashFault | HangFault | SlowFault | NanFault | OutOfMemoryFault
+
+
+class FaultSpec(Section, frozen=True):
+    """One thing that goes wrong, on one replica or (`model`) on all of a model's. `at` counts from the first request;
+    `for`, how long it lasts, is not for a crash or a hang; left out: to the end."""
+
+    at: Duration
+    lasting: Annotated[float, Meta(gt=0.0, extra={"duration": True})] | None = field(default=None, name="for")
+    replica: str | None = None
+    model: str | None = None
+    crash: CrashFault | None = None
+    hang: HangFault | None = None
+    slow: SlowFault | None = None
+    nan: NanFault | None = None
+    out_of_memory: OutOfMemoryFault | None = None
+
+
 class Scenario(Section, frozen=True):
     """A scenario file. `duration` is how long requests are sent; those sent in `warmup` are left out of summaries."""
 
@@ -322,6 +374,7 @@ class Scenario(Section, frozen=True):
     seed: Annotated[int, Meta(ge=0)] = 0
     duration: Duration = 60.0
     warmup: Duration = 0.0
+    faults: list[FaultSpec] = []
 
     def traffic_of(self, model: str) -> list[TrafficClass]:
         """The classes that ask for `model`, in file order."""

@@ -14,7 +14,7 @@ import msgspec
 
 from gpuplan.errors import InputError
 from gpuplan.hardware import catalog, mig, profiles, roofline, shapes
-from gpuplan.scenario import onnx_files
+from gpuplan.scenario import faults, onnx_files
 from gpuplan.scenario.demand import (
     AdmissionSpec,
     AutoscaleSpec,
@@ -27,6 +27,7 @@ from gpuplan.scenario.demand import (
     Scenario,
 )
 from gpuplan.scenario.demand import Role as Role
+from gpuplan.scenario.faults import Fault
 
 CPU = "cpu"
 VERSION_MARK = "#"
@@ -74,7 +75,7 @@ class Replica:
 class Deployment:
     """The supply side: `gpu` is None for the host's CPU. `layouts` holds each card's profile names. `traffic_classes`
     are those told apart: the scenario's and those with rules of their own. Replicas in `standby` are started when the
-    autoscaler asks for them and nobody else is on their slice."""
+    autoscaler asks for them and nobody else is on their slice. `faults` are those to be injected."""
 
     gpu: catalog.Gpu | None
     price_per_hour: float
@@ -88,6 +89,7 @@ class Deployment:
     breakers: BreakerSpec = field(default_factory=BreakerSpec)
     traffic_classes: tuple[str, ...] = ()
     standby: tuple[Replica, ...] = ()
+    faults: tuple[Fault, ...] = ()
 
     @property
     def gpu_name(self) -> str:
@@ -198,9 +200,12 @@ def profile_rows(seen: Iterable[mig.Profile]) -> list[MigProfileSpec]:
 
 
 def resolve(scenario: Scenario) -> Deployment:
-    """The scenario's own deployment."""
-    names = dict.fromkeys([*(c.name for c in scenario.traffic), *scenario.deployment.admission.classes])
-    return replace(build(scenario.deployment, scenario.models), traffic_classes=tuple(names))
+    """The scenario's own deployment, with the faults that it is to suffer."""
+    own = build(scenario.deployment, scenario.models)
+    ids = {model: [r.id for r in own.replicas_of(model)] for model in own.models}
+    names = dict.fromkeys([*(c.name for c in scenario.traffic), *own.admission.classes])
+    injected = faults.resolve(scenario.faults, ids, seed=scenario.seed)
+    return replace(own, traffic_classes=tuple(names), faults=injected)
 
 
 def build(spec: DeploymentSpec, models: Mapping[str, ModelSource]) -> Deployment:

@@ -19,7 +19,7 @@ import msgspec
 from gpuplan.errors import InputError
 from gpuplan.hardware import catalog, mig, shapes
 from gpuplan.hardware.profiles import Profile
-from gpuplan.scenario import demand, deployment, onnx_files, text
+from gpuplan.scenario import demand, deployment, faults, onnx_files, text
 from gpuplan.scenario.build import build
 from gpuplan.scenario.demand import Scenario
 from gpuplan.scenario.onnx_files import CONFIG_CHARS_MAX
@@ -96,6 +96,8 @@ def check(scenario: Scenario) -> None:
     for name in scenario.deployment.batching:
         if name not in scenario.models:
             raise InputError("no such model", key=f"deployment.batching.{name}", allowed=", ".join(scenario.models))
+    for i, fault in enumerate(scenario.faults):
+        _check_fault(fault, f"faults[{i}]")
     resolved = deployment.resolve(scenario)
     for i, traffic in enumerate(scenario.traffic):
         if not resolved.replicas_of(traffic.model):
@@ -135,6 +137,14 @@ def _check_class(scenario: Scenario, traffic: demand.TrafficClass, key: str) -> 
                     value=statistic,
                     allowed=", ".join(demand.SLO_STATISTICS),
                 )
+
+
+def _check_fault(fault: demand.FaultSpec, key: str) -> None:
+    _exactly_one(fault, key, ("replica", "model"))
+    _exactly_one(fault, key, faults.KINDS)
+    instant = next((name for name in ("crash", "hang") if getattr(fault, name) is not None), None)
+    if instant and fault.lasting is not None:
+        raise InputError(f"a {instant} has no length", key=f"{key}.for", value=fault.lasting, allowed="leave it out")
 
 
 def _check_shape(shape: demand.ShapeSpec, key: str) -> None:

@@ -25,6 +25,7 @@ from gpuplan.scenario.demand import ModelSource
 from gpuplan.scenario.deployment import Deployment, Replica
 from gpuplan.serve import models, versions
 from gpuplan.serve.engines import Engine
+from gpuplan.serve.faults import Injection
 from gpuplan.serve.http.app import App
 from gpuplan.serve.http.protocol import BoundedProtocol
 from gpuplan.serve.lag import LoopLag
@@ -101,14 +102,17 @@ async def serving(deployment: Deployment, options: ServiceOptions, *, signals: b
     """
     cards, problems = nvml.survey()
     card_present = any(card.known_as == deployment.gpu_name for card in cards)
-    engines = {
-        r.id: models.engine_for(r, deployment, cards=cards, allow_cpu=options.allow_cpu)
-        for r in deployment.every_replica()
-    }
+    injection = Injection(deployment) if deployment.faults else None
+
+    def engine_for(replica: Replica, source: ModelSource | None = None) -> Engine:
+        engine = models.engine_for(replica, deployment, cards=cards, allow_cpu=options.allow_cpu, source=source)
+        return injection.into(replica, engine) if injection else engine
+
+    engines = {r.id: engine_for(r) for r in deployment.every_replica()}
     metrics = Metrics(deployment)
     recorder = Recorder(deployment) if options.record else None
     emulated = EmulatedCards(deployment) if any(e.provenance == "emulated" for e in engines.values()) else None
-    observers: list[Observer] = [o for o in (metrics, recorder, emulated) if o is not None]
+    observers: list[Observer] = [o for o in (injection, metrics, recorder, emulated) if o is not None]
     server = Server(deployment, engines, observers)
     lag = LoopLag()
     metrics.watch(server.core, deployment, lag)
@@ -128,11 +132,7 @@ async def serving(deployment: Deployment, options: ServiceOptions, *, signals: b
 
         async def swap_to(model: str, asked: ModelSource, beside: bool) -> None:
             version = versions.checked(asked, deployment.models[model], options.models_dir)
-
-            def engine(replica: Replica) -> Engine:
-                return models.engine_for(replica, deployment, cards=cards, allow_cpu=options.allow_cpu, source=version)
-
-            await server.swap(model, engine, beside=beside)
+            await server.swap(model, lambda replica: engine_for(replica, version), beside=beside)
 
         app = App(server, metrics, api_keys=options.api_keys, admin_token=options.admin_token, swap_to=swap_to)
         listener = _Listener(server, app, options.drain_s)

@@ -36,6 +36,8 @@ from gpuplan.scenario import files
 from gpuplan.scenario.demand import Scenario
 from gpuplan.scenario.deployment import Deployment
 from gpuplan.scenario.schedule import Schedule, ScheduledRequest
+from gpuplan.scenario.script import NAN_OUTPUT
+from gpuplan.sim.faults import Injection
 from gpuplan.sim.service_times import ServiceTimes
 from gpuplan.telemetry.emulated import EmulatedCards
 
@@ -82,6 +84,7 @@ def simulate(
                 *supply.differences(scenario.deployment),
                 *supply.assumptions(deployment),
                 *service_times.notes(deployment),
+                *simulation.faults.notes(max(schedule.duration_s, simulation.now_s)),
             ],
         ),
         *tables,
@@ -112,6 +115,7 @@ class _Simulation:
         self._recorder, self._cards = recorder, cards
         self._running: list[tuple[float, int, StepDone | StepFailed]] = []
         self._sample_due_s = 0.0
+        self.faults = Injection(deployment)
         self.now_s = 0.0
         for replica in deployment.replicas:
             self._feed(ReplicaUp(replica.id), 0.0)
@@ -121,14 +125,19 @@ class _Simulation:
         draws = ((r.scheduled_s + self._links.choice(self._uplink_s), r) for r in schedule.requests)
         arrivals = iter(sorted(draws, key=lambda drawn: drawn[0]))
         arrival_s, coming = next(arrivals, (float("inf"), None))
-        core, running, never = self._core, self._running, float("inf")
+        core, running, faults, never = self._core, self._running, self.faults, float("inf")
+        if coming is not None:
+            faults.begin(arrival_s)
         while True:
             step_s = running[0][0] if running else never
             up_s = self._coming[0][0] if self._coming else never
             timer_s = core.next_timer_s()
             if coming is None and not running and not core.in_flight:
-                return  # what is left is time that passes
-            if up_s <= min(arrival_s, step_s, never if timer_s is None else timer_s) and self._coming:
+                return  # what is left is time that passes, and what nobody would notice
+            fault_s = faults.next_s
+            if fault_s < never and fault_s <= min(arrival_s, step_s, never if timer_s is None else timer_s):
+                self._fault(fault_s)
+            elif self._coming and up_s <= min(arrival_s, step_s, never if timer_s is None else timer_s):
                 _, replica_id = heapq.heappop(self._coming)
                 self._feed(ReplicaUp(replica_id), up_s)
             elif timer_s is not None and timer_s <= min(arrival_s, step_s):
@@ -162,6 +171,14 @@ class _Simulation:
             elif kind is StopReplica:
                 self._feed(ReplicaDown(action.replica_id, "scaled down"), now_s)  # type: ignore[union-attr]
 
+    def _fault(self, now_s: float) -> None:
+        event = self.faults.pop()
+        if type(event) is ReplicaDown:  # what ran there never ends
+            self._running[:] = [due for due in self._running if due[2].replica_id != event.replica_id]
+            heapq.heapify(self._running)
+        if event is not None:
+            self._feed(event, now_s)
+
     def _start(self, step: RunStep, now_s: float) -> None:
         costs, seconds = self._costs[step.replica_id], 0.0
         event: StepDone | StepFailed = StepDone(step.replica_id, step.step_id)
@@ -169,7 +186,9 @@ class _Simulation:
             seconds = self._timers[step.replica_id](step.load)
         else:
             event = StepFailed(step.replica_id, step.step_id, OUT_OF_MEMORY)
-        heapq.heappush(self._running, (now_s + seconds, step.step_id, event))
+        ends, seconds = self.faults.befall(step, event, seconds, now_s)
+        if ends is not None:
+            heapq.heappush(self._running, (now_s + seconds, step.step_id, ends))
 
     def _sample_until(self, now_s: float) -> None:
         while self._cards is not None and self._sample_due_s <= now_s:
@@ -177,12 +196,15 @@ class _Simulation:
             self._sample_due_s += 1.0 / TELEMETRY_HZ
 
 
-# What a live server answers where a request was not completed; see serve/http/errors.py.
+# What a live server answers where a request was not completed (serve/http/errors.py); every other refusal is a 503.
 _REFUSALS = {
     "class_full": ("rejected", 429),
     "rate_limited": ("rejected", 429),
     "too_long": ("error", 400),
+    "replica_lost": ("error", 503),
+    "timeout": ("error", 504),
     OUT_OF_MEMORY: ("error", 503),
+    NAN_OUTPUT: ("error", 500),
 }
 
 
@@ -192,13 +214,16 @@ def _answer(request: ScheduledRequest, served: Served, warmup_s: float, downlink
     answer.sent_s = request.scheduled_s
     if served.finished_s is not None:
         answer.done_s = served.finished_s + downlink_s
+    times = served.token_s
     if served.outcome != "completed":
         status, http_status = _REFUSALS.get(served.outcome, ("rejected", 503))
         answer.status, answer.error, answer.http_status = status, served.outcome, http_status
-        return answer
+        # A stream that was lost is a 200 with an error at its end; the step that failed it gave it no token.
+        times = [t for t in times if served.finished_s is None or t < served.finished_s]
+        if not times:
+            return answer
     answer.http_status = 200
     if request.output_tokens:
-        times = served.token_s
         answer.first_token_s = times[0] + downlink_s
         answer.tokens = len(times)
         answer.gaps_ms = [(b - a) * 1e3 for a, b in itertools.pairwise(times)]

@@ -24,7 +24,9 @@ def test_every_example_on_a_card_can_be_simulated(file: Path, tmp_path: Path) ->
     done = gpuplan("simulate", file, "--out", tmp_path / "run", "--json")
     assert done.returncode == 0, done.stderr
     overall = json.loads(done.stdout)["summary"]["overall"]
-    assert overall["completed"] == overall["requests"] > 50
+    failed = overall["rejected"] + sum(overall["errors"].values())
+    assert overall["completed"] + failed == overall["requests"] > 50
+    assert (failed > 0) == ("\nfaults:" in file.read_text())
 
 
 def test_every_command_has_help_with_an_example() -> None:

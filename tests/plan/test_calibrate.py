@@ -100,3 +100,12 @@ def test_a_noisy_host_does_not_lead_the_fit_astray() -> None:
     for tokens in (30, 1500):
         load = StepLoad(tokens, tokens * tokens, 0, 0, 1)
         assert fit.seconds(load, 0.0) == pytest.approx(law.seconds(load, 0.0), rel=0.25)
+
+
+def test_steps_that_an_injected_fault_slowed_are_not_the_cards() -> None:
+    slow = [{"at": 5.0, "for": 10.0, "replica": "chat-0", "slow": {"factor": 5.0}}]
+    done = simulated(scenario(faults=slow))
+    steps = done.batches[done.batches["replica"] == "chat-0"]
+    assert (steps["started_s"] - done.requests["arrived_s"].min()).between(5.0, 15.0).mean() > 0.05
+    fit = calibrate.fit(done).fits[CHAT]
+    assert fit.error < 1e-6 and fit.roofline_factor == pytest.approx(1, rel=1e-3)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gpuplan.errors import InputError
-from gpuplan.scenario import build, deployment, files
+from gpuplan.scenario import build, demand, deployment, files
 from tests.conftest import REPOSITORY
 
 GOOD = """\
@@ -139,6 +139,35 @@ def test_paths_are_relative_to_the_file_and_auto_asks_the_machine(tmp_path: Path
     assert scenario.deployment.gpu == "a100-80gb"
 
 
+FAULTS = """\
+faults:
+  - {at: 1s, replica: chat-1, crash: {back_after: 500ms}}
+  - {at: 2s, for: 1m, model: chat, slow: {factor: 5}}
+  - {at: 3s, replica: chat-0, hang: {}}
+"""
+
+
+def test_faults_are_known_to_the_deployment_by_replica(tmp_path: Path) -> None:
+    scenario = files.load(
+        written(
+            tmp_path,
+            GOOD.replace("[3g.40gb, 2g.20gb]", "[3g.40gb]\n  count: 2").replace("40gb}]", "40gb, count: 2}]") + FAULTS,
+        )
+    )
+    told = [(f.replica_id, f.at_s, f.until_s, f.kind) for f in deployment.resolve(scenario).faults]
+    slow = demand.SlowFault(5.0)
+    assert told == [
+        ("chat-1", 1.0, float("inf"), demand.CrashFault(0.5)),
+        ("chat-0", 2.0, 62.0, slow),
+        ("chat-1", 2.0, 62.0, slow),
+        ("chat-0", 3.0, float("inf"), demand.HangFault(0.0)),
+    ]
+    plain = files.to_builtins(scenario)
+    assert plain["faults"][1] == {"at": 2.0, "for": 60.0, "model": "chat", "slow": {"factor": 5.0}}
+    assert files.from_builtins(plain) == scenario
+    assert "faults" not in files.to_builtins(files.load(written(tmp_path, GOOD)))
+
+
 # --- bad files ----------------------------------------------------------------------------------------------------
 
 # (what stands in the good file, what stands there instead, line, key, a part of the message)
@@ -233,6 +262,35 @@ REPLACED = [
         "deployment.batching.chat.max_batch_size",
         ">= 1",
     ),
+    *(
+        ("warmup: 1s", f"faults: [{{at: 2s, {fault}}}]", 4, f"faults[0]{key}", said)
+        for fault, key, said in (
+            ("replica: chat-1, crash: {}", ".replica", "no such replica (got 'chat-1'); allowed: chat-0"),
+            ("replica: chat, crash: {}", ".replica", "no such replica (got 'chat'); allowed: chat-0"),
+            ("model: mood, crash: {}", ".model", "no replica serves it (got 'mood'); allowed: chat"),
+            ("crash: {}", "", "needs exactly one key; allowed: replica or model"),
+            ("model: chat, replica: chat-0, crash: {}", "", "needs exactly one key; allowed: replica or model"),
+            ("model: chat", "", "needs exactly one key; allowed: crash or hang or slow or nan or out_of_memory"),
+            ("model: chat, crash: {}, hang: {}", "", "needs exactly one key; allowed: crash or hang or"),
+            ("model: chat, crash: yes", ".crash", "needs a mapping (got True)"),
+            ("model: chat, crash: {after: 3s}", ".crash.after", "unknown key; allowed: back_after"),
+            ("model: chat, crash: {back_after: -3s}", ".crash.back_after", "(got '-3s'); allowed: e.g. 250ms"),
+            ("model: chat, for: 3s, crash: {}", ".for", "a crash has no length (got 3.0); allowed: leave it out"),
+            ("model: chat, for: 3s, hang: {}", ".for", "a hang has no length (got 3.0); allowed: leave it out"),
+            ("model: chat, for: 0s, slow: {factor: 2}", ".for", "(got 0.0); allowed: float > 0"),
+            ("model: chat, slow: {factor: 1}", ".slow.factor", "(got 1); allowed: float > 1"),
+            ("model: chat, nan: {share: 0}", ".nan.share", "(got 0); allowed: float > 0"),
+            ("model: chat, nan: {share: 1.1}", ".nan.share", "(got 1.1); allowed: float <= 1"),
+            ("model: chat, out_of_memory: {}", ".out_of_memory.above_batch", "missing"),
+            (
+                "model: chat, out_of_memory: {above_batch: 0}",
+                ".out_of_memory.above_batch",
+                "(got 0); allowed: int >= 1",
+            ),
+            ("model: chat, flood: {}", ".flood", "allowed: at, crash, for, hang, model, nan, out_of_memory, replica"),
+        )
+    ),
+    ("warmup: 1s", "faults: [{model: chat, crash: {}}]", 4, "faults[0].at", "missing"),
     ("seed: 1", '"a\\nb": 1', 2, "a", "unknown key; allowed: "),  # on one line even so
 ]
 
