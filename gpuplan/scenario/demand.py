@@ -243,9 +243,10 @@ class AutoscaleRule(Section, frozen=True):
 
     Thresholds: requests waiting per replica (`scale_up_at`, `scale_down_at`), the share of the KV cache in use, and the
     share of the replicas' time that what arrives asks for. Any of them scales up; down it goes only below all. A change
-    within `tolerance` of what is there is none. Up goes what the whole of `scale_up_window` asked for, down what none
-    of `stabilization_window` needed (the windows of Kubernetes' Horizontal Pod Autoscaler); `cooldown` passes between
-    two changes. With `min_replicas` 0, the last one goes after `scale_to_zero_after` without a request.
+    within `tolerance` of what is there is none. Up goes what the whole of `scale_up_window` asked for (left out: a
+    fifth of the cold start, at least 3 s), down what none of `stabilization_window` needed (the windows of Kubernetes'
+    Horizontal Pod Autoscaler); `cooldown` passes before each step down and before a step up that follows one. With
+    `min_replicas` 0, the last one goes after `scale_to_zero_after` without a request.
     """
 
     max_replicas: Annotated[int, Meta(ge=1, le=1024)]
