@@ -36,6 +36,10 @@ class Gate:
         self._places = sum(rule.max_queue_size for rule in deployment.batching.values())
         self._door: dict[int, ClassState] = {}
 
+    def __len__(self) -> int:
+        """Requests at the door."""
+        return len(self._door)
+
     def knock(self, event: Knock, now_s: float) -> Reject | None:
         """Gives the request a place at the door, or refuses it."""
         traffic = self._traffic(event.traffic_class)

@@ -141,6 +141,11 @@ class ServingCore:
                     yield batching.batch_due_s(model, replica, head)
 
     @property
+    def at_the_door(self) -> int:
+        """Requests of which only the head has been read."""
+        return len(self._gate)
+
+    @property
     def in_flight(self) -> int:
         """Requests admitted and not yet complete, failed or cancelled."""
         return len(self._sequences)

@@ -15,12 +15,14 @@ from gpuplan.policy.core import ServingCore
 from gpuplan.policy.vocabulary import (
     Action,
     Arrive,
+    Assign,
     Cancel,
     Complete,
     Decision,
     Drain,
     Event,
     Fail,
+    Knock,
     Reject,
     ReplicaDown,
     ReplicaUp,
@@ -28,6 +30,7 @@ from gpuplan.policy.vocabulary import (
     StepDone,
     StepFailed,
     Swap,
+    Trip,
     Unload,
     VersionAdded,
     VersionDropped,
@@ -35,6 +38,7 @@ from gpuplan.policy.vocabulary import (
 )
 from gpuplan.scenario import deployment as supply
 from gpuplan.scenario import files
+from gpuplan.scenario.demand import AdmissionSpec, BreakerSpec, ClassSpec, RateLimit
 from gpuplan.scenario.deployment import Deployment
 from gpuplan.scenario.schedule import build_schedule
 from gpuplan.sim.service_times import ServiceTimes
@@ -45,13 +49,22 @@ from tests.policy.conftest import deployment
 REPLICAS = ("mood-0", "mood-1", "chat-0", "chat-1")
 
 
+CLASSES = {
+    "urgent": ClassSpec(priority=0, deadline=2.0),
+    "bulk": ClassSpec(priority=2, max_queue_size=2, rate_limit=RateLimit(requests_per_s=4, tokens_per_s=200, burst=2)),
+    "plain": ClassSpec(priority=1),
+}
+
+
 def small() -> Deployment:
     """Two replicas each of a classifier and a decoder, all of it so small that every limit is met often."""
     return deployment(
         mood=2,
         chat=[40, 80],
         moods={"max_batch_size": 3, "max_queue_size": 3, "max_queue_delay": 0.2},
-        chats={"max_batch_size": 3, "max_queue_size": 3, "max_batch_tokens": 16},
+        chats={"max_batch_size": 3, "max_queue_size": 3, "max_batch_tokens": 16, "step_time_target": 0.1},
+        admission=AdmissionSpec(classes=CLASSES, per_key=RateLimit(requests_per_s=20, burst=1), ageing=0.5),
+        breakers=BreakerSpec(consecutive_failures=3, window=8, slow_factor=3, open=0.5, open_max=2),
     )
 
 
@@ -65,7 +78,10 @@ class Driver:
         self.running: dict[str, RunStep] = {}
         self.old_steps: list[StepDone] = []
         self.asked = 0
+        self.door: dict[int, str] = {}  # those that have knocked and are not in yet: their class
         self.open: set[int] = set()
+        self.started: set[int] = set()
+        self.breakers: dict[str, str] = {}
         self.cancelled: set[int] = set()
         self.ended: set[int] = set()
         self.serving = {"mood": ["mood-0", "mood-1"], "chat": ["chat-0", "chat-1"]}
@@ -95,9 +111,21 @@ class Driver:
                 assert set(named) <= self.open, "only requests that are open: not ended, not cancelled"
                 assert load.samples == len(action.answered()), "who gets a token needs the output head"
                 self.running[replica_id] = action
+                self.started |= set(named)
+            case Assign(request_id=request_id, taken_from=taken_from):
+                assert request_id in self.open, "whoever waits is open"
+                assert not taken_from or request_id not in self.started or isinstance(event, ReplicaDown), (
+                    "what has started is not moved, but for what is lost"
+                )
+                if isinstance(event, ReplicaDown):
+                    self.started.discard(request_id)
+            case Trip(name=name, state=state):
+                assert (self.breakers.get(name, "closed"), state) in TRIPS
+                self.breakers[name] = state
             case Reject(request_id=request_id):
-                assert isinstance(event, Arrive) and event.request_id == request_id, "only who has just come"
-                self.open.remove(request_id)
+                assert isinstance(event, Arrive | Knock) and event.request_id == request_id, "only who has just come"
+                self.open.discard(request_id)
+                self.door.pop(request_id, None)
             case Complete(request_id=request_id) | Fail(request_id=request_id):
                 assert request_id not in self.ended, "an end comes once"
                 self.open.remove(request_id)
@@ -119,8 +147,22 @@ class Driver:
     # --- what may happen ------------------------------------------------------------------------------------------
 
     def arrive(self, model: str, prompt: int, output: int) -> None:
+        """Without a class, a key, or a knock."""
         self.asked += 1
         self.feed(Arrive(self.asked, model, prompt, output if model == "chat" else 0))
+
+    def knock(self, traffic_class: str) -> None:
+        self.asked += 1
+        self.door[self.asked] = traffic_class
+        self.feed(Knock(self.asked, traffic_class, f"key-{self.asked % 2}"))
+
+    def come_in(self, model: str, prompt: int, output: int) -> None:
+        if self.door:
+            request_id = min(self.door)
+            who = {"traffic_class": self.door.pop(request_id), "key": f"key-{request_id % 2}"}
+            timeout_s = 3.0 if request_id % 3 == 0 else None
+            output = output if model == "chat" else 0
+            self.feed(Arrive(request_id, model, prompt, output, timeout_s=timeout_s, **who))
 
     def step_over(self, which: int, failed: bool, ended: int) -> None:
         if self.running:
@@ -142,6 +184,7 @@ class Driver:
             request_id = sorted(self.open)[which % len(self.open)]
         else:
             request_id = 1 + which % (self.asked + 1)  # some never were, some have ended
+        self.door.pop(request_id, None)
         if request_id in self.open:
             self.open.remove(request_id)
             self.cancelled.add(request_id)
@@ -198,6 +241,8 @@ class Driver:
     def drain(self) -> None:
         """Nothing new; whatever runs is finished."""
         self.feed(Drain())
+        while self.door:
+            self.feed(Cancel(self.door.popitem()[0]))
         for replica_id in sorted(self.returning):
             self.feed(ReplicaUp(replica_id))
         for _ in range(10_000):
@@ -210,10 +255,13 @@ class Driver:
         raise AssertionError("it does not come to an end")
 
 
+TRIPS = {("closed", "open"), ("open", "half_open"), ("half_open", "open"), ("half_open", "closed")}
 WHICH = st.integers(0, 40)
 HAPPENINGS = st.one_of(
     st.tuples(st.just("arrive"), st.sampled_from(["mood", "chat"]), st.integers(1, 60), st.integers(1, 8)),
     st.tuples(st.just("arrive"), st.just("chat"), st.integers(1, 30), st.integers(1, 8)),
+    st.tuples(st.just("knock"), st.sampled_from([*CLASSES, "unknown"])),
+    st.tuples(st.just("come_in"), st.sampled_from(["mood", "chat"]), st.integers(1, 60), st.integers(1, 8)),
     st.tuples(st.just("step_over"), WHICH, st.integers(0, 9).map(lambda n: n == 0), st.integers(0, 2)),
     st.tuples(st.just("step_over"), WHICH, st.just(False), st.just(0)),
     st.tuples(st.just("stale"), WHICH),
@@ -242,6 +290,8 @@ def test_the_same_on_long_walks(seed: int) -> None:
     rng = random.Random(seed)
     kinds: list[Callable[[], tuple[Any, ...]]] = [
         lambda: ("arrive", rng.choice(["mood", "chat"]), rng.randint(1, 60), rng.randint(1, 8)),
+        lambda: ("knock", rng.choice([*CLASSES, "unknown"])),
+        lambda: ("come_in", rng.choice(["mood", "chat"]), rng.randint(1, 60), rng.randint(1, 8)),
         lambda: ("step_over", rng.randrange(4), rng.random() < 0.1, rng.choice([0, 0, 1])),
         lambda: ("advance", rng.choice([0.0, 0.05, 0.2])),
         lambda: ("wake",),
@@ -251,7 +301,7 @@ def test_the_same_on_long_walks(seed: int) -> None:
         lambda: ("down", rng.randrange(4), rng.random() < 0.5),
         lambda: ("swap", rng.choice(["mood", "chat"]), rng.random() < 0.5, rng.random() < 0.2),
     ]
-    weights = [30, 40, 10, 5, 10, 3, 2, 1, 2]
+    weights = [20, 14, 12, 40, 10, 8, 10, 3, 2, 1, 2]
     assert_sound(set(REPLICAS), [kind() for kind in rng.choices(kinds, weights, k=400)])
 
 
@@ -265,6 +315,7 @@ def assert_sound(up_at_first: set[str], happenings: list[tuple[Any, ...]]) -> No
     driver.drain()
     assert not driver.open, "neither ended nor cancelled"
     assert driver.core.in_flight == 0
+    assert driver.core.at_the_door == 0
     assert not driver.leaving and not driver.coming, "every swap has come to its end"
     assert not driver.ended & driver.cancelled
     assert_replays(small(), driver.log)
