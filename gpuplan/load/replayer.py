@@ -45,7 +45,7 @@ class Replay:
                 break
             exchange = Exchange()
             self.exchanges.append(exchange)
-            task = asyncio.get_running_loop().create_task(self._pool.send(payload, exchange))
+            task = asyncio.get_running_loop().create_task(self._pool.send(payload, exchange, request.abandon_s))
             self._sends.add(task)
             task.add_done_callback(partial(self._ended, request, exchange))
         if self._sends:

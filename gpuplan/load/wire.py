@@ -3,7 +3,7 @@
 A `Pool` sends an already serialised request on an idle connection (the one used last, so few are kept warm) or a new
 one, and gives an `Exchange`: when the bytes left, the status, and every piece of the body with the time at which the
 socket handed it over. Whatever goes wrong ends in `Exchange.error`, never in an exception:
-`connect`, `disconnected`, `malformed`, `timeout`, `interrupted` or `response_too_large`.
+`connect`, `disconnected`, `malformed`, `timeout`, `abandoned`, `interrupted` or `response_too_large`.
 One request at a time on a connection; no pipelining, no redirects, no retries.
 """
 
@@ -97,14 +97,18 @@ class Pool:
         """Opens that many connections ahead. Raises OSError when the target cannot be reached."""
         self._idle += await asyncio.gather(*(self._connect() for _ in range(connections)))
 
-    async def send(self, data: bytes, exchange: Exchange) -> None:
-        """Sends `data` now and returns when the exchange has ended. Cancelled: the connection is dropped."""
+    async def send(self, data: bytes, exchange: Exchange, patience_s: float | None = None) -> None:
+        """Sends `data` now and returns when the exchange has ended, or hangs up after `patience_s`. Cancelled: the
+        connection is dropped."""
         connection = None
         try:
             connection = self._idle.pop() if self._idle else await self._connect()
             while connection.lost:
                 connection = self._idle.pop() if self._idle else await self._connect()
-            connection.begin(data, exchange, self._timeout_s)
+            if patience_s is not None and patience_s < self._timeout_s:
+                connection.begin(data, exchange, patience_s, "abandoned")
+            else:
+                connection.begin(data, exchange, self._timeout_s, "timeout")
             await exchange.done
         except OSError as error:
             exchange.sent_s = exchange.sent_s or time.monotonic()
@@ -153,11 +157,12 @@ class _Connection(asyncio.Protocol):
         self._keep_alive = False
         self.lost = False
 
-    def begin(self, data: bytes, exchange: Exchange, timeout_s: float) -> None:
+    def begin(self, data: bytes, exchange: Exchange, timeout_s: float, otherwise: str) -> None:
+        """Sends, and ends the exchange as `otherwise` when it is not complete in time."""
         self._exchange = exchange
         self._complete = False
         self._parser = httptools.HttpResponseParser(self)
-        self._timer = asyncio.get_running_loop().call_later(timeout_s, self._timed_out)
+        self._timer = asyncio.get_running_loop().call_later(timeout_s, self._timed_out, otherwise)
         exchange.sent_s = time.monotonic()
         self._transport.write(data)
 
@@ -220,9 +225,9 @@ class _Connection(asyncio.Protocol):
 
     # --- ends ------------------------------------------------------------------------------------------------------
 
-    def _timed_out(self) -> None:
+    def _timed_out(self, error: str) -> None:
         self._now_s = time.monotonic()
-        self._finish("timeout", "no complete answer in time")
+        self._finish(error, "no complete answer in time")
         self.drop()
 
     def _finish(self, error: str | None, message: str | None) -> None:

@@ -92,6 +92,13 @@ SLO_METRICS = ("ttft_ms", "tpot_ms", "itl_ms", "e2el_ms")
 SLO_STATISTICS = ("mean", "p50", "p90", "p95", "p99", "p999", "max")
 
 
+class AbandonSpec(Section, frozen=True):
+    """Clients that hang up `after` so long if their answer is not complete, and which share of all they are."""
+
+    share: Annotated[float, Meta(gt=0.0, le=1.0)]
+    after: Annotated[float, Meta(gt=0.0, le=3600.0, extra={"duration": True})]
+
+
 class TrafficClass(Section, frozen=True):
     """One kind of request: where it goes, when, how long, and how fast it must be answered."""
 
@@ -101,6 +108,7 @@ class TrafficClass(Section, frozen=True):
     prompt_tokens: Count | Lengths | None = None
     output_tokens: Count | Lengths | None = None
     slo: dict[str, dict[str, Annotated[float, Meta(gt=0.0)]]] = {}
+    abandon: AbandonSpec | None = None
 
     def limits_ms(self) -> dict[str, float]:
         """Per metric, the limit that one request must keep to count as good: the loosest of its percentiles."""

@@ -22,7 +22,8 @@ from gpuplan.scenario.deployment import role, window_of
 
 @dataclass(frozen=True, slots=True)
 class ScheduledRequest:
-    """A request due at `scheduled_s` after the start. `output_tokens` is 0 for a model that streams none."""
+    """A request due at `scheduled_s` after the start. `output_tokens` is 0 for a model that streams none. Its client
+    hangs up `abandon_s` after it was sent; None for one that waits."""
 
     index: int
     scheduled_s: float
@@ -30,6 +31,7 @@ class ScheduledRequest:
     model: str
     prompt_tokens: int
     output_tokens: int
+    abandon_s: float | None = None
 
 
 REQUESTS_MAX = 5_000_000
@@ -50,19 +52,21 @@ def build_schedule(scenario: Scenario, *, rate_scale: float = 1.0, speed: float 
 
     `speed` replays traces faster without touching the other processes.
     """
-    rows: list[tuple[float, int, int, int]] = []
+    rows: list[tuple[float, int, int, int, float | None]] = []
     clipped = 0
     for order, traffic in enumerate(scenario.traffic):
         source = scenario.models[traffic.model]
         window = window_of(source)
         decoder = role(source) == "decoder"
+        leavers = random.Random(f"{scenario.seed}/{traffic.name}/abandon")  # noqa: S311 - not for secrets
         for time_s, prompt, output in _requests(scenario, traffic, rate_scale, speed):
             output = output if decoder else 0
             if prompt + output > window:
                 clipped += 1
                 prompt = min(prompt, window - 1 if decoder else window)
                 output = min(output, window - prompt)
-            rows.append((time_s, order, prompt, output))
+            leaves = traffic.abandon is not None and leavers.random() < traffic.abandon.share
+            rows.append((time_s, order, prompt, output, traffic.abandon.after if leaves and traffic.abandon else None))
             if len(rows) > REQUESTS_MAX:
                 raise InputError(
                     "too many requests for one run",
@@ -72,8 +76,8 @@ def build_schedule(scenario: Scenario, *, rate_scale: float = 1.0, speed: float 
     rows.sort(key=lambda row: (row[0], row[1]))
     classes = scenario.traffic
     requests = tuple(
-        ScheduledRequest(i, time_s, classes[order].name, classes[order].model, prompt, output)
-        for i, (time_s, order, prompt, output) in enumerate(rows)
+        ScheduledRequest(i, time_s, classes[order].name, classes[order].model, prompt, output, abandon_s)
+        for i, (time_s, order, prompt, output, abandon_s) in enumerate(rows)
     )
     return Schedule(requests, scenario.duration, clipped)
 

@@ -19,6 +19,7 @@ from gpuplan.policy.vocabulary import (
     OUT_OF_MEMORY,
     Action,
     Arrive,
+    Cancel,
     Event,
     ReplicaDown,
     ReplicaUp,
@@ -110,6 +111,7 @@ class _Simulation:
         self._costs = {r.id: step_costs(deployment, r) for r in deployment.every_replica()}
         self._cold_start_s = deployment.autoscale.cold_start
         self._coming: list[tuple[float, str]] = []  # a heap: replicas that are being started, and when they serve
+        self._leaving: list[tuple[float, int]] = []  # a heap: clients that hang up if they still wait, and when
         self._links = random.Random(f"{seed}/uplink")  # noqa: S311 - not for secrets
         self._uplink_s = service_times.uplink_s
         self._recorder, self._cards = recorder, cards
@@ -135,7 +137,11 @@ class _Simulation:
             if coming is None and not running and not core.in_flight:
                 return  # what is left is time that passes, and what nobody would notice
             fault_s = faults.next_s
-            if fault_s < never and fault_s <= min(arrival_s, step_s, never if timer_s is None else timer_s):
+            if self._leaving and self._leaving[0][0] <= min(arrival_s, step_s, never if timer_s is None else timer_s):
+                left_s, request_id = heapq.heappop(self._leaving)
+                if self._recorder.served[request_id].finished_s is None:
+                    self._feed(Cancel(request_id), left_s)
+            elif fault_s < never and fault_s <= min(arrival_s, step_s, never if timer_s is None else timer_s):
                 self._fault(fault_s)
             elif self._coming and up_s <= min(arrival_s, step_s, never if timer_s is None else timer_s):
                 _, replica_id = heapq.heappop(self._coming)
@@ -151,6 +157,8 @@ class _Simulation:
                     coming.traffic_class,
                 )  # fmt: skip
                 self._feed(arrival, arrival_s)
+                if coming.abandon_s is not None:
+                    heapq.heappush(self._leaving, (arrival_s + coming.abandon_s, coming.index))
                 arrival_s, coming = next(arrivals, (never, None))
             else:
                 return
@@ -215,7 +223,11 @@ def _answer(request: ScheduledRequest, served: Served, warmup_s: float, downlink
     if served.finished_s is not None:
         answer.done_s = served.finished_s + downlink_s
     times = served.token_s
-    if served.outcome != "completed":
+    if served.outcome == "cancelled":
+        answer.status, answer.error = "error", "abandoned"
+        if not times:
+            return answer
+    elif served.outcome != "completed":
         status, http_status = _REFUSALS.get(served.outcome, ("rejected", 503))
         answer.status, answer.error, answer.http_status = status, served.outcome, http_status
         # A stream that was lost is a 200 with an error at its end; the step that failed it gave it no token.

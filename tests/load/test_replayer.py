@@ -17,7 +17,7 @@ class StalledPool:
         self.sent_s: list[float] = []
         self.release = asyncio.Event()
 
-    async def send(self, data: bytes, exchange: Exchange) -> None:
+    async def send(self, data: bytes, exchange: Exchange, patience_s: float | None = None) -> None:
         exchange.sent_s = time.monotonic()
         self.sent_s.append(exchange.sent_s)
         try:
