@@ -212,8 +212,8 @@ class ServingCore:
             actions.append(home)
             return None
         expected_s = dispatch.expected(home, s, now_s=self._now_s).finish_s
-        if s.deadline_s is not None and home.pace.known and self._now_s + expected_s > s.deadline_s:
-            actions.append(refusal(s.request_id, "deadline", self._now_s + expected_s - s.deadline_s))
+        if patience_s is not None and home.pace.known and admission.MARGIN * expected_s > patience_s:
+            actions.append(refusal(s.request_id, "deadline", admission.MARGIN * expected_s - patience_s))
             return None
         self._gate.charge(s, event.key, self._now_s)
         self._retries.deposit()

@@ -67,7 +67,7 @@ class Pace:
         line = self._line
         return self.drift * (line.fixed + line.decode * sequences + line.context_token * context_tokens)
 
-    def prompt_s(self, tokens: int) -> float:
+    def prompt_s(self, tokens: float) -> float:
         """Seconds that so many prompt tokens add to steps."""
         return self.drift * self._line.prompt_token * tokens
 

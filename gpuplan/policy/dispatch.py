@@ -91,18 +91,22 @@ def expected(replica: ReplicaState, s: Sequence, *, now_s: float, ahead: Ahead |
     sequences = min(together, replica.limit.limit)
     context = replica.context_tokens + s.prompt_tokens
     step_s = pace.decode_step_s(sequences, context)
+    if ahead.requests:  # they will join meanwhile, as fast as others leave, and their prompts take time of every step
+        answer = (replica.expected_tokens + s.expected_tokens) / (running + 1)
+        step_s += sequences / max(answer, 1.0) * pace.prompt_s(ahead.prompt_tokens / ahead.requests)
     being_read = replica.step.load.prefill_tokens if replica.step is not None else 0
-    prompts = replica.prompts_left - being_read + ahead.prompt_tokens + s.prompt_tokens
-    start_s = free_s + pace.prompt_s(prompts)
+    start_s = pace.prompt_s(replica.prompts_left - being_read + ahead.prompt_tokens)
     if running:
-        # Half of what a running one generates is still to come, on average; then its place and cache are free.
+        # Those that run are at all stages of their answers: after the time of a whole one, all have left their places
+        # and their KV cache.
         share = max(together - replica.limit.limit, 0) / running
         limit_kv = replica.spec.kv_tokens_max
         if limit_kv is not None and replica.kv_reserved:
             missing = replica.kv_reserved + ahead.kv_tokens + s.kv_tokens - limit_kv
             share = max(share, missing / replica.kv_reserved)
         if share > 0:
-            start_s += share * step_s * replica.expected_tokens / running / 2
+            start_s = max(start_s, share * step_s * replica.expected_tokens / running)
+    start_s += free_s + pace.prompt_s(s.prompt_tokens)
     return Expected(round(start_s, DIGITS), round(s.expected_tokens * step_s, DIGITS))
 
 

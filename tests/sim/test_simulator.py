@@ -233,3 +233,22 @@ def test_what_nobody_confirmed_of_a_card_is_said_of_its_runs() -> None:
     card = {"gpu": "h100-pcie", "mig": ["3g.40gb"], "replicas": [{"model": "mood", "slice": "3g.40gb"}]}
     noted = run(files.build(single_step(deployment=card), Scenario)).meta.notes
     assert "h100-80gb-pcie 3g.40gb: SMs, memory, places assumed, not confirmed" in noted
+
+
+def test_a_client_that_hangs_up_frees_its_place() -> None:
+    """Of requests that take 0.4 s in a stream, all hang up after 0.1 s: each has some tokens and no end."""
+    talk = {
+        "name": "talk",
+        "model": "chat",
+        "arrivals": {"process": "constant", "rate": 2},
+        "prompt_tokens": 10,
+        "output_tokens": 100,
+        "abandon": {"share": 1.0, "after": 0.1},
+    }
+    card = {"gpu": "a100-80gb", "replicas": [{"model": "chat"}], "batching": {"chat": {"max_batch_size": 1}}}
+    data = single_step(models={"chat": {"emulate": "llama-3-8b"}}, traffic=[talk], deployment=card)
+    requests = run(files.build(data, Scenario)).requests
+    assert set(requests["status"]) == {"error"} and set(requests["error"]) == {"abandoned"}
+    assert (requests["done_s"] - requests["scheduled_s"]).to_numpy() == pytest.approx(0.1)
+    assert requests["tokens"].between(1, 20).all()
+    assert (requests["started_s"] == requests["scheduled_s"]).all(), "the place is free for the next one"
