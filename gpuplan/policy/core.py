@@ -128,7 +128,7 @@ class ServingCore:
             heapq.heappop(self._deadlines)
         if self._deadlines:
             yield self._deadlines[0][0]
-        if self._scaling.next_look_s is not None:
+        if self._scaling.next_look_s is not None and not self._draining:
             yield self._scaling.next_look_s
         for model in self._models.values():
             if (due_s := model.breaker.due_s()) is not None:
@@ -157,6 +157,14 @@ class ServingCore:
     def running(self, model: str) -> int:
         """Requests on the model's replicas."""
         return sum(r.running for r in self._models[model].replicas)
+
+    def replicas(self, model: str) -> dict[str, int]:
+        """How many of its replicas are `ready`, `starting` (or being started again), `stopping` (they finish what they
+        run) and on `standby`."""
+        counts = {"ready": 0, "starting": 0, "stopping": 0, "standby": 0}
+        for replica in self._models[model].replicas:
+            counts[replica.condition] += 1
+        return counts
 
     def full(self, model: str) -> bool:
         """Nobody more would be let in: good to know before a prompt is counted. (An arrival is judged again.)"""
@@ -539,7 +547,7 @@ class ServingCore:
         elif s.home is not None:
             s.home.wait_no_longer(s)
         for limiter in s.limiters:
-            limiter.give_back(s.kv_tokens - s.prefilled - s.emitted)
+            limiter.give_back(s.kv_tokens - s.prefilled - min(s.emitted, s.output_tokens))  # one answer is no token
         self._scaling.left(s)
         if s.cancelled:
             health.probe_lost(s)

@@ -205,6 +205,13 @@ class ReplicaState:
         return self.up and self.step is None
 
     @property
+    def condition(self) -> Literal["ready", "starting", "stopping", "standby"]:
+        """As whoever looks on sees it."""
+        if self.phase == "standby":
+            return "standby"
+        return "stopping" if self.retiring else "ready" if self.up else "starting"
+
+    @property
     def available(self) -> bool:
         """It takes sequences, now or soon."""
         return (self.up or self.returning) and not self.retiring

@@ -70,25 +70,32 @@ class Fleet:
         self.serving[self._model(replica_id)].remove(replica_id)
         if keeper := self._keepers.pop(replica_id, None):
             keeper.cancel()
-        task = asyncio.get_running_loop().create_task(self._stop(replica_id))
+        task = asyncio.get_running_loop().create_task(self._stop(replica_id, self.engines[replica_id]))
         self._stopping.add(task)
         task.add_done_callback(self._stopping.discard)
 
     async def _start_and_keep(self, replica_id: str) -> None:
-        model, engine = self._model(replica_id), self.engines[replica_id]
-        if model in self._swapping:
-            await self._swapping[model].wait()
-            engine = self.engines[replica_id]
-        if engine.provenance == "emulated":  # what it emulates would take so long
+        model = self._model(replica_id)
+        if self.engines[replica_id].provenance == "emulated":  # what it emulates would take so long
             await asyncio.sleep(self._deployment.autoscale.cold_start)
-        await self._load_until_up(replica_id, RESTART_S_MIN)
+        while True:
+            engine, _ = await self._load_until_up(replica_id, RESTART_S_MIN)
+            while model in self._swapping:
+                await self._swapping[model].wait()
+            if engine is self.engines[replica_id]:
+                break
+            await engine.close()  # the swap has put another version in its place
         self.serving[model].append(replica_id)
         self._feed(ReplicaUp(replica_id))
         await self._keep(replica_id)
 
-    async def _stop(self, replica_id: str) -> None:
-        await self.engines[replica_id].close()
+    async def _stop(self, replica_id: str, engine: Engine) -> None:
+        await engine.close()
         self._feed(ReplicaDown(replica_id, "scaled down"))
+
+    def _runs(self, replica_id: str) -> bool:
+        """It serves, or ends what it has before it goes."""
+        return replica_id in self.serving[self._model(replica_id)] or replica_id in self._leaving
 
     def _model(self, replica_id: str) -> str:
         return self._models[place_of(replica_id)]
@@ -113,7 +120,7 @@ class Fleet:
             raise RunError(f"{model} has no replica now: there is nothing to swap")
         over = self._swapping[model] = asyncio.Event()
         try:
-            old = self.serving[model]
+            old = tuple(self.serving[model])
             self._versions += 1
             places = [self._replicas[place_of(replica_id)] for replica_id in old]
             new = {f"{r.id}{VERSION_MARK}{self._versions}": make(r) for r in places}
@@ -127,9 +134,9 @@ class Fleet:
                     await engine.close()
                     self._feed(VersionDropped(replica_id))
                 raise
-            for replica in self._deployment.standby:  # those that stand by are started as the new version, too
-                if replica.model == model and replica.id in self.engines and replica.id not in old:
-                    self.engines[replica.id] = make(replica)
+            for replica_id in self.engines:  # those that stand by, or are being started, become the new version, too
+                if self._model(replica_id) == model and not self._runs(replica_id):
+                    self.engines[replica_id] = make(self._replicas[place_of(replica_id)])
         finally:
             del self._swapping[model]
             over.set()
@@ -146,7 +153,12 @@ class Fleet:
             raise RunError(f"no memory to load {model} beside the version that serves: let that one drain first")
         for engine in new.values():
             await engine.load()
-        self._take_over(model, old, new)
+        kept = dict(new)
+        for replica_id, version_id in zip(old, new, strict=True):
+            if replica_id not in self.serving[model]:  # it was scaled down meanwhile
+                await kept.pop(version_id).close()
+                self._feed(VersionDropped(version_id))
+        self._take_over(model, [r for r in old if r in self.serving[model]], kept)
 
     async def _load_after(self, model: str, old: Sequence[str], new: Mapping[str, Engine]) -> None:
         for replica_id in old:
@@ -211,15 +223,16 @@ class Fleet:
             if time.monotonic() - loaded_s > CALM_S:
                 pause_s = RESTART_S_MIN
             await asyncio.sleep(pause_s)
-            pause_s = await self._load_until_up(replica_id, min(pause_s * 2, RESTART_S_MAX))
+            _, pause_s = await self._load_until_up(replica_id, min(pause_s * 2, RESTART_S_MAX))
             self._feed(ReplicaUp(replica_id))
 
-    async def _load_until_up(self, replica_id: str, pause_s: float) -> float:
-        """Tries until it is loaded; gives the pause that would have come next."""
+    async def _load_until_up(self, replica_id: str, pause_s: float) -> tuple[Engine, float]:
+        """Tries until it is loaded; gives what is, and the pause that would have come next."""
         while True:
+            engine = self.engines[replica_id]
             try:
-                await self.engines[replica_id].load()
-                return pause_s
+                await engine.load()
+                return engine, pause_s
             except GpuplanError as error:
                 self._feed(ReplicaDown(replica_id, str(error)))
             await asyncio.sleep(pause_s)

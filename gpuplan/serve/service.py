@@ -80,7 +80,7 @@ class Service:
 
     def about(self) -> dict[str, Any]:
         engines = self.server.fleet.engines
-        by_model = {name: engines[ids[0]] for name, ids in self.server.fleet.serving.items() if ids}
+        by_model = {r.model: self.server.fleet.engine_of(r.model) for r in self.server.deployment.replicas}
         provenance: dict[str, Provenance] = {name: engine.provenance for name, engine in by_model.items()}
         return {
             "engines": {name: engine.description for name, engine in by_model.items()},
