@@ -179,7 +179,7 @@ def test_what_stands_by_while_others_are_swapped_starts_as_the_new_version(besid
             await until(lambda: len(load.texts) > seen + 60)  # noqa: B023
             if version == "3":
                 await server.swap("chat", to("+"), beside=beside)
-                await until(lambda: load.texts[-1][0] == "+")
+                await until(lambda load=load: load.texts[-1][0] == "+")
             await load.stop()
             assert {text[0] for text in load.texts} <= {version, "+" if version == "3" else version}
             await until(lambda: serving(server) == 1)
