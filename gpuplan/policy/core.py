@@ -294,11 +294,11 @@ class ServingCore:
     # --- steps ----------------------------------------------------------------------------------------------------
 
     def _step_done(self, event: StepDone, actions: list[Action]) -> ModelState | None:
-        replica = self._replicas.get(event.replica_id)
-        step = replica.step if replica else None
-        if replica is None or step is None or step.step_id != event.step_id:
-            return None  # a step of a replica that has gone down meanwhile
-        model, replica.step = self._model_of[event.replica_id], None
+        ended_step = self._step_over(event)
+        if ended_step is None:
+            return None
+        replica, step = ended_step
+        model = self._model_of[event.replica_id]
         replica.answered, replica.answered_s = step.load.samples, self._now_s
         ran = replica.decoding
         if len(step.decodes) < len(ran):  # one group of several that take turns
@@ -338,11 +338,10 @@ class ServingCore:
                 replica.context_tokens += s.prompt_tokens + 1
 
     def _step_failed(self, event: StepFailed, actions: list[Action]) -> ModelState | None:
-        replica = self._replicas.get(event.replica_id)
-        step = replica.step if replica else None
-        if replica is None or step is None or step.step_id != event.step_id:
+        ended_step = self._step_over(event)
+        if ended_step is None:
             return None
-        replica.step = None
+        replica, step = ended_step
         self._drop_cancelled(replica)
         members = (*step.decodes, *(p.request_id for p in step.prefills))
         left = [s for i in members if (s := self._sequences.get(i))]
@@ -353,6 +352,14 @@ class ServingCore:
         else:
             failures.split(replica, left)
         return self._model_of[event.replica_id]
+
+    def _step_over(self, event: StepDone | StepFailed) -> tuple[ReplicaState, RunStep] | None:
+        """The replica, idle again, and the step that it ran; None for one of a replica that has gone down meanwhile."""
+        replica = self._replicas.get(event.replica_id)
+        if replica is None or replica.step is None or replica.step.step_id != event.step_id:
+            return None
+        step, replica.step = replica.step, None
+        return replica, step
 
     # --- replicas -------------------------------------------------------------------------------------------------
 
