@@ -10,9 +10,10 @@ Closed, everything goes there; open, nothing; half-open, one request that finds 
 - When it closes, all of that is forgotten: the outcomes, and how long it was open.
 - What comes in while it is open, or half-open before the probe is sent, is about what ran before, and changes nothing.
 
-Precedents for the defaults: 5 in a row (Envoy's consecutive_5xx); half of them (Hystrix, resilience4j); of 50
-(Hystrix's requestVolumeThreshold; resilience4j has 100, too slow for replicas with a few requests a second); open for
-5 s, then one probe (Hystrix; Envoy has 30 s, and longer each time, resilience4j 60 s).
+Precedents for the defaults: 5 in a row (Envoy's consecutive_5xx); half of them (Hystrix, resilience4j); of 50 (Hystrix
+asks for 20 before it judges, which a bad streak can fill where a third fails; resilience4j has 100, too slow for
+replicas with a few requests a second); open for 5 s, then one probe (Hystrix; Envoy has 30 s, and longer each time,
+resilience4j 60 s).
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ spread loses less when one replica is lost."""
 DIGITS = 6
 """Estimates are in whole microseconds, so that a log replayed on a clock that began elsewhere gives the same ties."""
 FIRST_TOKEN = 8.0
-"""`benchmarks/dispatch.py`, Azure's conversations at 80 % load: with 1, p95 TTFT was 3.7 times as long as with 8, and
-the p95 of the last token 7 % longer."""
+"""`benchmarks/dispatch.py`, Azure's conversations at 80 % load: with 1, p95 TTFT is 2.4 times as long as with 8, and
+the p95 of the last token 4 % shorter."""
 CERTAIN = 0.75
 """What could start at once counts for so much of the time it takes. A wait is an estimate: only where it is clearly
 worth it is a replica left without work."""
