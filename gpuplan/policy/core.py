@@ -308,7 +308,7 @@ class ServingCore:
         replica.context_tokens += len(ran)
         if step.prefills:
             self._prefilled(replica, step)
-        slow = health.step_done(model, replica, step, self._now_s, actions)
+        health.step_done(model, replica, step, self._now_s, actions)
         self._drop_cancelled(replica)
         for request_id, reason in event.failed:
             unanswered = self._sequences.get(request_id)
@@ -322,8 +322,7 @@ class ServingCore:
             s.traffic.drain.completed(self._now_s)
             model.outputs_of(s.traffic).ended(s.emitted, s.output_tokens)
             actions.append(Complete(s.request_id))
-            if not slow:
-                health.record(model, replica, True, self._now_s, actions, probe=s.probe)
+            health.record(model, replica, True, self._now_s, actions, probe=s.probe)
         return model
 
     def _prefilled(self, replica: ReplicaState, step: RunStep) -> None:

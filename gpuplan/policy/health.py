@@ -31,30 +31,29 @@ def record(
             actions.append(trip)
 
 
-def step_done(model: ModelState, replica: ReplicaState, step: RunStep, now_s: float, actions: list[Action]) -> bool:
-    """A step has run. Tells the replica's pace and limit; gives whether the step was so slow that it counts as a
-    failure."""
+def step_done(model: ModelState, replica: ReplicaState, step: RunStep, now_s: float, actions: list[Action]) -> None:
+    """A step has run. Tells the replica's pace and limit, and its breaker when it was too slow. To be called before
+    what came of its requests is recorded: of one that has opened meanwhile they say nothing, of the model they do."""
     seconds = now_s - replica.step_began_s
     expected_s = replica.pace.ran(step.load, seconds)
     carried = len(step.prefills) + len(step.decodes)
     replica.limit.step_done(carried, seconds, expected_s if replica.pace.by_roofline else None)
     if len(model.replicas) == 1 or seconds <= 0.0:
-        return False
+        return
     neighbours = [r.pace.drift for r in model.replicas if r is not replica and _compares(replica, r)]
     if not neighbours:
-        return False
+        return
     ratio = seconds / (expected_s * min(neighbours))
     if ratio < replica.breaker.slow_factor:
         replica.slow_steps = 0
-        return False
+        return
     replica.slow_steps += 1
     if replica.slow_steps < SLOW_STEPS and replica.breaker.state == "closed":
-        return False
+        return
     trip = replica.breaker.slow(ratio, now_s=now_s)
     if trip is not None:
         replica.slow_steps = 0
         actions.append(trip)
-    return trip is not None
 
 
 def wake(model: ModelState, now_s: float, actions: list[Action]) -> None:

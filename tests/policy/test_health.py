@@ -479,6 +479,26 @@ def test_a_slow_probe_has_failed() -> None:
     assert pair.core.next_timer_s() == pytest.approx(pair.now_s + 10), "twice as long"
 
 
+def test_a_model_s_probe_on_a_slow_replica_is_an_answer_all_the_same() -> None:
+    """Else nobody would ever be let in again: nobody but the probe closes the model's breaker."""
+    core = started(deployment(**moods(2, consecutive_failures=3, slow_factor=4, open=5)))
+    follow(
+        core,
+        [
+            (0.0, ask(1), ["mood-0 #1: 1"]),
+            (0.001, bad("mood-0", 1), ["fail 1: engine_error"]),
+            (0.001, ask(2), ["mood-0 #2: 2"]),
+            (0.002, bad("mood-0", 2), ["fail 2: engine_error"]),
+            (0.002, ask(3), ["mood-0 #3: 3"]),
+            (0.003, bad("mood-0", 3), ["fail 3: engine_error", "mood-0 open", "mood open"]),
+            (5.003, Wake(), ["mood half_open", "mood-0 half_open"]),
+            (5.1, ask(4), ["mood-0 #4: 4"]),  # the probe of both
+            (5.2, done("mood-0", 4), ["mood-0 open", "complete 4", "mood closed"]),  # 100 ms instead of one
+            (5.3, ask(5), ["mood-1 #5: 5"]),
+        ],
+    )
+
+
 # --- what may be tried again --------------------------------------------------------------------------------------
 
 
