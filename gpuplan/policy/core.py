@@ -257,8 +257,10 @@ class ServingCore:
         actions.append(Assign(s.request_id, replica.spec.id, ahead, expected_s, taken_from))
 
     def _move(self, replica: ReplicaState, actions: list[Action]) -> None:
-        """Whoever waits for this replica waits for another, if there is one."""
+        """Whoever waits for this replica waits for another that welcomes it, or stays if this one comes back."""
         for s in sorted(replica.line, key=lambda s: s.request_id):
+            if replica.available and not any(r.welcomes and r.could_hold(s) for r in s.model.replicas):
+                continue
             replica.wait_no_longer(s)
             self._place_again(s, replica, actions)
 

@@ -154,6 +154,24 @@ TABLES: dict[str, tuple[dict[str, Any], Table]] = {
             (0.025, done("chat-1", 8), ["chat-1 #9: 5+10! =2 =4"]),
         ],
     ),
+    "what waits and fits nowhere else stays, and is not said again": (
+        {"chat": [50, 1000], "chats": {"max_batch_size": 1}, "breakers": SPEC},
+        [
+            (0.0, chat(1, 100), ["1 waits for chat-1", "chat-1 #1: 1+100!"]),
+            *((0.0, chat(i, 100), [f"{i} waits for chat-1"]) for i in (2, 3, 4, 5)),
+            (0.1, bad("chat-1", 1), ["fail 1: engine_error", "chat-1 #2: 2+100!"]),
+            (0.2, bad("chat-1", 2), ["fail 2: engine_error", "chat-1 #3: 3+100!"]),
+            (0.2, chat(6, 10, 5), ["6 waits for chat-0", "chat-0 #4: 6+10!"]),
+            (0.3, done("chat-0", 4, 6), ["complete 6"]),  # the model is well
+            (0.4, chat(7, 10, 5), ["7 waits for chat-0", "chat-0 #5: 7+10!"]),
+            (0.4, chat(8, 10, 5), ["8 waits for chat-0"]),
+            (0.5, bad("chat-1", 3), ["fail 3: engine_error", "chat-1 open"]),  # 4 and 5 wait for it as before
+            (0.6, done("chat-0", 5, 7), ["complete 7", "chat-0 #6: 8+10!"]),
+            (0.6, chat(9, 100), ["reject 9: circuit_open, 4.9 s"]),  # no other could hold it
+            (0.6, Cancel(5), []),
+            (5.5, Wake(), ["chat-1 half_open", "chat-1 #7: 4+100!"]),
+        ],
+    ),
     # --- the only one ---
     "those who wait stay, and go on when it is tried": (
         moods(1),
@@ -219,6 +237,22 @@ TABLES: dict[str, tuple[dict[str, Any], Table]] = {
             (0.8, bad("mood-0", 5), []),  # nobody was there to fail
             (0.9, ask(6), ["6 waits for mood-0", "mood-0 #6: 6"]),
             (1.0, StepDone("mood-0", 6, (), ((6, "nan_output"),)), ["fail 6: nan_output", "mood-0 open", "mood open"]),
+        ],
+    ),
+    "a replica that is lost counts once, whoever ran there": (
+        {"chat": [1000], "chats": {"max_batch_size": 8}, "breakers": BreakerSpec(consecutive_failures=2)},
+        [
+            (0.0, chat(1), ["1 waits for chat-0", "chat-0 #1: 1+10!"]),
+            *((0.0, chat(i), [f"{i} waits for chat-0"]) for i in (2, 3, 4)),
+            (0.1, done("chat-0", 1), ["chat-0 #2: 2+10! 3+10! 4+10! =1"]),
+            (0.2, done("chat-0", 2), ["chat-0 #3: =1 =2 =3 =4"]),
+            (0.3, ReplicaDown("chat-0", returns=True), [f"fail {i}: replica_lost" for i in (1, 2, 3, 4)]),
+            (0.4, ReplicaDown("chat-0", returns=True), []),  # it was down: one and the same
+            (0.5, ReplicaUp("chat-0"), []),
+            (0.6, chat(5), ["5 waits for chat-0", "chat-0 #4: 5+10!"]),
+            (0.7, ReplicaDown("chat-0", returns=True), ["chat-0 open", "chat open", "5 waits for chat-0"]),  # until it is back
+            (0.8, ReplicaUp("chat-0"), []),  # it is back, and left alone
+            (5.7, Wake(), ["chat half_open", "chat-0 half_open", "chat-0 #5: 5+10!"]),
         ],
     ),
     "a replica that is lost with its probe": (
