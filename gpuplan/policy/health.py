@@ -10,7 +10,7 @@ by theirs; it must have been so for some steps in a row. Without a neighbour not
 
 from __future__ import annotations
 
-from gpuplan.policy.admission import RETRY_AFTER_S_MIN, refusal
+from gpuplan.policy.admission import refusal
 from gpuplan.policy.state import ModelState, ReplicaState, Sequence
 from gpuplan.policy.vocabulary import Action, Reject, RunStep
 
@@ -76,8 +76,10 @@ def probe_lost(s: Sequence) -> None:
 
 def circuit_open(model: ModelState, s: Sequence, now_s: float) -> Reject:
     """The refusal while the model, or every replica that could hold the request, is left alone."""
-    dues_s = [b.due_s() for b in (model.breaker, *(r.breaker for r in model.replicas if r.available))]
-    due_s = min((due_s for due_s in dues_s if due_s is not None), default=now_s + RETRY_AFTER_S_MIN)
+    due_s = model.breaker.due_s()
+    if due_s is None:
+        able = (r for r in model.replicas if r.available and r.could_hold(s))
+        due_s = min((due_s for r in able if (due_s := r.breaker.due_s()) is not None), default=now_s)
     return refusal(s.request_id, "circuit_open", due_s - now_s)
 
 

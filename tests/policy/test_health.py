@@ -172,6 +172,27 @@ TABLES: dict[str, tuple[dict[str, Any], Table]] = {
             (5.5, Wake(), ["chat-1 half_open", "chat-1 #7: 4+100!"]),
         ],
     ),
+    "whoever is refused comes back when one is tried that could hold it": (
+        {"chat": [50, 1000, 50], "chats": {"max_batch_size": 1}, "breakers": BreakerSpec(consecutive_failures=2, open=5)},
+        [
+            (0.0, chat(1, 10, 5), ["1 waits for chat-0", "chat-0 #1: 1+10!"]),
+            (0.0, chat(2, 100), ["2 waits for chat-1", "chat-1 #2: 2+100!"]),
+            (0.0, chat(3, 10, 5), ["3 waits for chat-2", "chat-2 #3: 3+10!"]),
+            (0.1, bad("chat-0", 1), ["fail 1: engine_error"]),
+            (0.1, done("chat-2", 3, 3), ["complete 3"]),
+            (0.1, chat(4, 10, 5), ["4 waits for chat-0", "chat-0 #4: 4+10!"]),
+            (0.1, chat(5, 10, 5), ["5 waits for chat-2", "chat-2 #5: 5+10!"]),
+            (0.2, bad("chat-0", 4), ["fail 4: engine_error", "chat-0 open"]),
+            (0.2, done("chat-2", 5, 5), ["complete 5"]),
+            (1.0, bad("chat-1", 2), ["fail 2: engine_error"]),
+            (1.0, chat(6, 10, 5), ["6 waits for chat-1", "chat-1 #6: 6+10!"]),
+            (1.0, chat(7, 10, 5), ["7 waits for chat-2", "chat-2 #7: 7+10!"]),
+            (1.1, done("chat-2", 7, 7), ["complete 7"]),
+            (2.0, bad("chat-1", 6), ["fail 6: engine_error", "chat-1 open"]),
+            (3.0, chat(8, 100), ["reject 8: circuit_open, 4 s"]),  # chat-0 is tried in two, and is too small
+            (3.0, chat(9, 10, 5), ["9 waits for chat-2", "chat-2 #8: 9+10!"]),
+        ],
+    ),
     # --- the only one ---
     "those who wait stay, and go on when it is tried": (
         moods(1),
@@ -344,6 +365,24 @@ TABLES: dict[str, tuple[dict[str, Any], Table]] = {
             (5.3, ReplicaDown("mood-0"), ["mood-0 open", "3 waits for mood-1, no longer for mood-0", "mood-1 #4: 3"]),
             (5.4, ask(4), ["reject 4: circuit_open, 1 s"]),
             (5.5, done("mood-1", 4), ["complete 3", "mood closed"]),
+        ],
+    ),
+    "a model is tried when its own time has come, not its replica's": (
+        moods(2, consecutive_failures=3, open=5),
+        [
+            (0.0, ask(1), ["1 waits for mood-0", "mood-0 #1: 1"]),
+            (0.1, bad("mood-0", 1), ["fail 1: engine_error"]),
+            (0.1, ask(2), ["2 waits for mood-0", "mood-0 #2: 2"]),
+            (0.1, ask(3), ["3 waits for mood-1", "mood-1 #3: 3"]),
+            (0.2, bad("mood-0", 2), ["fail 2: engine_error"]),
+            (0.2, done("mood-1", 3), ["complete 3"]),
+            (0.2, ask(4), ["4 waits for mood-0", "mood-0 #4: 4"]),
+            (0.3, bad("mood-0", 4), ["fail 4: engine_error", "mood-0 open"]),
+            (1.0, ask(5), ["5 waits for mood-1", "mood-1 #5: 5"]),
+            (1.0, bad("mood-1", 5), ["fail 5: engine_error"]),
+            (2.0, ask(6), ["6 waits for mood-1", "mood-1 #6: 6"]),
+            (2.3, bad("mood-1", 6), ["fail 6: engine_error", "mood open"]),
+            (3.3, ask(7), ["reject 7: circuit_open, 4 s"]),  # mood-0 is tried in two, and takes nobody then
         ],
     ),
 }  # fmt: skip
