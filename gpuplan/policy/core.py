@@ -380,11 +380,11 @@ class ServingCore:
         running, replica.step = replica.step, None
         was_up, replica.up, replica.returning = replica.up, False, event.returns
         replica.ready_s = self._now_s + RETURN_S
+        if was_up and not replica.retiring:
+            health.record(model, replica, False, self._now_s, actions)
         self._scaling.gone(replica)
         self._drop_cancelled(replica)
         replica.turns.clear()
-        if was_up and not replica.retiring:
-            health.record(model, replica, False, self._now_s, actions)
         suspects = {p.request_id for p in running.prefills} if running else ()
         for s in sorted(replica.sequences(), key=lambda s: s.request_id):
             s.losses += s.request_id in suspects
@@ -566,6 +566,8 @@ class ServingCore:
         for model in self._models.values():
             line = [s for r in model.replicas for s in r.line]
             idle = sum(1 for r in _free(model))
+            leaving = sum(r.retiring and not r.unloaded for r in model.replicas)
+            assert leaving == model.retiring, "who is to go is counted"
             assert len(line) == model.waiting == sum(len(r.line) for r in model.replicas), "who waits is counted"
             assert model.waiting <= model.batching.max_queue_size + idle, "queues are bounded"
             assert all(s.replica is None and s.emitted == 0 for s in line), "what waits has not started"

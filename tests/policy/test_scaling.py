@@ -29,7 +29,7 @@ from gpuplan.policy.vocabulary import (
 )
 from gpuplan.scenario import deployment as supply
 from gpuplan.scenario.build import build
-from gpuplan.scenario.demand import Scenario
+from gpuplan.scenario.demand import BreakerSpec, Scenario
 from gpuplan.scenario.deployment import Deployment
 from gpuplan.scenario.schedule import Schedule, ScheduledRequest
 from gpuplan.sim.service_times import ServiceTimes
@@ -221,6 +221,16 @@ TABLES: dict[str, tuple[Deployment, Table]] = {
             (10.1, ReplicaDown("chat-1", "killed", returns=True), ["2 waits for chat-0, no longer for chat-1", "stop chat-1"]),
             (10.2, ReplicaDown("chat-1", "scaled down"), []),
             (10.3, done("chat-0", 1, 1), ["complete 1", "chat-0 #3: 2+100!"]),
+        ],
+    ),
+    "going is no failure": (
+        replace(chats(), breakers=BreakerSpec(consecutive_failures=1)),
+        [
+            *NOTHING_MORE_TO_DO,
+            (10.1, done("chat-1", 2, 2), ["complete 2", "stop chat-1"]),
+            (10.2, ReplicaDown("chat-1", "scaled down"), []),
+            (10.3, ask(10), ["10 waits for chat-0"]),
+            (10.4, ReplicaDown("chat-0", "killed", returns=True), ["chat-0 open", "chat open", "1 waits for chat-0"]),
         ],
     ),
     # --- two models ---
