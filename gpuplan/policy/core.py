@@ -382,6 +382,7 @@ class ServingCore:
         replica.ready_s = self._now_s + RETURN_S
         if was_up and not replica.retiring:
             health.record(model, replica, False, self._now_s, actions)
+        replica.breaker.probe_lost()  # of one that was to go anyway nobody is told what came of it
         self._scaling.gone(replica)
         self._drop_cancelled(replica)
         replica.turns.clear()

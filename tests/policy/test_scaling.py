@@ -21,6 +21,7 @@ from gpuplan.policy.vocabulary import (
     ReplicaUp,
     Scale,
     StartReplica,
+    StepDone,
     StopReplica,
     Swap,
     VersionAdded,
@@ -347,6 +348,27 @@ def test_before_all_others_one_goes_that_is_down() -> None:
             (10.0, Wake(), ["scale chat to 1", "stop chat-0"]),  # of two with nothing to do
         ],
     )
+
+
+def test_a_replica_that_is_lost_with_a_probe_while_it_goes_is_tried_when_it_is_back() -> None:
+    spec = BreakerSpec(consecutive_failures=1, open=1, slow_factor=1000)
+    core = started(replace(chats(), breakers=spec))
+    follow(core, [*MUCH_TO_DO, *cancelled(range(3, 9), 6.1)], assigned=True)
+    follow(
+        core,
+        [
+            (6.2, StepDone("chat-1", 2, (), ((2, "nan_output"),)), ["fail 2: nan_output", "chat-1 open", "chat open"]),
+            (7.2, Wake(), ["chat half_open", "chat-1 half_open"]),
+            (7.3, small(10), ["chat-1 #3: 10+10!"]),
+            (8.2, Wake(), []),
+            (9.2, Wake(), []),
+            (10.2, Wake(), []),
+            (11.2, Wake(), ["scale chat to 1"]),  # chat-1, with its probe
+            (11.3, ReplicaDown("chat-1", "killed", returns=True), ["stop chat-1"]),
+            (11.4, ReplicaDown("chat-1", "scaled down"), []),
+        ],
+    )
+    assert core._replicas["chat-1"].breaker.allows()
 
 
 def test_the_timer_says_when_to_look() -> None:
