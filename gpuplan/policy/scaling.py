@@ -45,7 +45,7 @@ class Scaling:
         """A request for the model has come: if nobody is there to take it, somebody is started."""
         if model.name in self._may_be_none and not any(r.available for r in model.replicas):
             actions.append(Scale(model.name, 1, "a request, and no replica"))
-            self._start(model, 1, now_s, actions)
+            self._start(model, self._startable(model)[:1], now_s, actions)
 
     def look(self, now_s: float, actions: list[Action]) -> list[ReplicaState]:
         """Has the autoscalers look, if it is time; gives the replicas that are to stop."""
@@ -57,16 +57,16 @@ class Scaling:
             model = scaled.model
             if any(r.phase == "version" or (r.retiring and r.phase != "stopping") for r in model.replicas):
                 continue  # its replicas are being swapped
-            seen = scaled.observed(len(self._startable(model)))
+            startable = self._startable(model)
+            seen = scaled.observed(len(startable))
             wanted = scaled.autoscaler.look(seen, now_s=now_s)
-            there = seen.ready + seen.starting
-            if wanted.replicas == there:
-                continue
-            actions.append(Scale(model.name, wanted.replicas, wanted.reason))
-            if wanted.replicas > there:
-                self._start(model, wanted.replicas - there, now_s, actions)
-            else:
-                stopping += self._stop(model, there - wanted.replicas)
+            more = wanted.replicas - seen.ready - seen.starting
+            start, stop = startable[: max(more, 0)], self._stoppable(model)[: max(-more, 0)]
+            if more:
+                actions.append(Scale(model.name, wanted.replicas, wanted.reason))
+            self._start(model, start, now_s, actions)
+            self._stop(model, stop)
+            stopping += stop
         return stopping
 
     def stopped(self, replica: ReplicaState) -> StopReplica | None:
@@ -79,34 +79,37 @@ class Scaling:
             replica.phase = "standby"
             replica.retiring = replica.unloaded = False
 
-    def _start(self, model: ModelState, count: int, now_s: float, actions: list[Action]) -> None:
-        for replica in model.replicas:
-            if count and replica.phase == "stopping" and not replica.unloaded:
+    def _start(self, model: ModelState, replicas: list[ReplicaState], now_s: float, actions: list[Action]) -> None:
+        for replica in replicas:
+            if replica.phase == "stopping":
                 replica.phase, replica.retiring = "serving", False
                 model.retiring -= 1
-                count -= 1
-        for replica in self._startable(model)[:count]:
-            replica.phase, replica.returning = "starting", True
-            replica.ready_s = now_s + self._cold_start_s
-            actions.append(StartReplica(replica.spec.id))
+            else:
+                replica.phase, replica.returning = "starting", True
+                replica.ready_s = now_s + self._cold_start_s
+                actions.append(StartReplica(replica.spec.id))
 
-    def _stop(self, model: ModelState, count: int) -> list[ReplicaState]:
-        serving = [r for r in model.replicas if r.phase == "serving" and not r.retiring]
-        serving.sort(key=lambda r: (r.up, r.running + len(r.line), -r.order))
-        for replica in serving[:count]:
+    def _stop(self, model: ModelState, replicas: list[ReplicaState]) -> None:
+        for replica in replicas:
             replica.phase, replica.retiring = "stopping", True
             model.retiring += 1
-        return serving[:count]
 
     def _startable(self, model: ModelState) -> list[ReplicaState]:
-        """Replicas that stand by on slices of which nobody else has any."""
+        """Replicas that were told to stop and still run something, then those that stand by on slices of which nobody
+        else has any."""
         taken = {r.spec.slice.id for m in self._models.values() for r in m.replicas if r.phase != "standby"} - {CPU}
-        free: list[ReplicaState] = []
+        startable = [r for r in model.replicas if r.phase == "stopping" and not r.unloaded]
         for replica in model.replicas:
             if replica.phase == "standby" and replica.spec.slice.id not in taken:
                 taken |= {replica.spec.slice.id} - {CPU}
-                free.append(replica)
-        return free
+                startable.append(replica)
+        return startable
+
+    def _stoppable(self, model: ModelState) -> list[ReplicaState]:
+        """Replicas in the order in which they would be stopped."""
+        serving = [r for r in model.replicas if r.phase == "serving" and not r.retiring]
+        serving.sort(key=lambda r: (r.up, r.running + len(r.line), -r.order))
+        return serving
 
 
 class _Scaled:

@@ -204,6 +204,17 @@ TABLES: dict[str, tuple[Deployment, Table]] = {
             (16.0, ReplicaUp("chat-1"), ["10 waits for chat-1, no longer for chat-0", "chat-1 #3: 10+100!"]),
         ],
     ),
+    "one that was told to stop stays when it is wanted again": (
+        chats(),
+        [
+            *NOTHING_MORE_TO_DO,
+            *looks(11, 11),
+            *waiting(range(10, 20), 11.5),
+            (12.0, Wake(), ["scale chat to 2"]),  # there is nothing to start
+            (12.1, done("chat-1", 2, 2), ["complete 2", "10 waits for chat-1, no longer for chat-0", "chat-1 #3: 10+100!"]),
+            (12.2, done("chat-0", 1, 1), ["complete 1", "chat-0 #4: 11+100!"]),
+        ],
+    ),
     "one that has been freed already has to be started again": (
         chats(),
         [
