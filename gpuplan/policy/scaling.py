@@ -62,7 +62,7 @@ class Scaling:
             wanted = scaled.autoscaler.look(seen, now_s=now_s)
             more = wanted.replicas - seen.ready - seen.starting
             start, stop = startable[: max(more, 0)], self._stoppable(model)[: max(-more, 0)]
-            if more:
+            if start or stop:
                 actions.append(Scale(model.name, wanted.replicas, wanted.reason))
             self._start(model, start, now_s, actions)
             self._stop(model, stop)
@@ -106,10 +106,12 @@ class Scaling:
         return startable
 
     def _stoppable(self, model: ModelState) -> list[ReplicaState]:
-        """Replicas in the order in which they would be stopped."""
+        """Replicas in the order in which they would be stopped. What starts cannot be, and may yet fail to: until it is
+        up, the last of the others serves."""
         serving = [r for r in model.replicas if r.phase == "serving" and not r.retiring]
         serving.sort(key=lambda r: (r.up, r.running + len(r.line), -r.order))
-        return serving
+        starting = any(r.phase == "starting" for r in model.replicas)
+        return serving[:-1] if starting else serving
 
 
 class _Scaled:

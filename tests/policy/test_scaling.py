@@ -245,6 +245,19 @@ TABLES: dict[str, tuple[Deployment, Table]] = {
             (10.4, ReplicaDown("chat-0", "killed", returns=True), ["chat-0 open", "chat open", "1 waits for chat-0"]),
         ],
     ),
+    "while another starts the last one serves": (
+        chats(cold_start=30),
+        [
+            *MUCH_TO_DO[:-5],
+            *cancelled(range(2, 9), 1.1),
+            (1.2, done("chat-0", 1, 1), ["complete 1"]),
+            *looks(2, 12),  # one would do; but chat-1 is not there yet
+            (12.1, ask(10), ["10 waits for chat-0", "chat-0 #2: 10+100!"]),
+            (12.2, done("chat-0", 2, 10), ["complete 10"]),
+            (31.0, ReplicaUp("chat-1"), []),
+            (31.0, Wake(), ["scale chat to 1", "stop chat-1"]),
+        ],
+    ),
     # --- two models ---
     "two models and one free slice: who is first has it": (
         supply.resolve(scenario(3, {"chat": {"max_replicas": 2}, "news": {"max_replicas": 2}})),
@@ -284,6 +297,17 @@ TABLES: dict[str, tuple[Deployment, Table]] = {
             *NOBODY_THERE,
             (6.5, small(1, timeout_s=COLD_START_S), ["scale chat to 1", "start chat-0", "reject 1: deadline, 1.03631 s"]),
             (9.5, small(2, timeout_s=COLD_START_S), ["2 waits for chat-0"]),  # in two seconds it is there
+        ],
+    ),
+    "one that has been started for nothing goes when it is there": (
+        chats(least=0, cold_start=30),
+        [
+            *NOBODY_THERE,
+            (6.5, small(1), ["scale chat to 1", "start chat-0", "1 waits for chat-0"]),
+            (6.6, Cancel(1), []),
+            *looks(7, 20),  # it cannot be stopped yet
+            (36.5, ReplicaUp("chat-0"), []),
+            (36.5, Wake(), ["scale chat to 0", "stop chat-0"]),
         ],
     ),
     # --- a start that fails ---
