@@ -109,14 +109,12 @@ class Gate:
 
 def admit(model: ModelState, s: Sequence) -> Reject | None:
     """None, or the refusal, by what the model's replicas could take."""
-    if not any(replica.available for replica in model.replicas):
+    if fits_somewhere(model, s):
+        return None
+    # For good, or only while those that could hold it are not there.
+    if any(replica.could_hold(s) for replica in model.replicas) or not model.replicas:
         return refusal(s.request_id, "no_replica", RETRY_AFTER_S_MIN)
-    if not fits_somewhere(model, s):
-        # For good, or only while the replica that could hold it is down.
-        if any(replica.could_hold(s) for replica in model.replicas):
-            return refusal(s.request_id, "no_replica", RETRY_AFTER_S_MIN)
-        return Reject(s.request_id, "too_long")
-    return None
+    return Reject(s.request_id, "too_long")
 
 
 def refusal(request_id: int, reason: RejectReason, retry_after_s: float) -> Reject:

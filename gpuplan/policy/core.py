@@ -214,7 +214,7 @@ class ServingCore:
             self._now_s,
             deadline_s=None if patience_s is None else self._now_s + patience_s,
         )
-        self._scaling.asked_for(model, self._now_s, actions)
+        self._scaling.asked_for(s, self._now_s, actions)
         home = self._home(model, s)
         if isinstance(home, Reject):
             actions.append(home)

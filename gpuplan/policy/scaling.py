@@ -41,11 +41,14 @@ class Scaling:
         if (scaled := self._scaled.get(s.model.name)) is not None:
             scaled.served_work_s += s.work_s
 
-    def asked_for(self, model: ModelState, now_s: float, actions: list[Action]) -> None:
-        """A request for the model has come: if nobody is there to take it, somebody is started."""
+    def asked_for(self, s: Sequence, now_s: float, actions: list[Action]) -> None:
+        """A request has come: if nobody is there to take it, somebody who could is started."""
+        model = s.model
         if model.name in self._may_be_none and not any(r.available for r in model.replicas):
-            actions.append(Scale(model.name, 1, "a request, and no replica"))
-            self._start(model, self._startable(model)[:1], now_s, actions)
+            able = [r for r in self._startable(model) if r.could_hold(s)]
+            if able:
+                actions.append(Scale(model.name, 1, "a request, and no replica"))
+                self._start(model, able[:1], now_s, actions)
 
     def look(self, now_s: float, actions: list[Action]) -> list[ReplicaState]:
         """Has the autoscalers look, if it is time; gives the replicas that are to stop."""

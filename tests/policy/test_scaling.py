@@ -17,6 +17,7 @@ from gpuplan.policy.vocabulary import (
     Decision,
     Drain,
     Event,
+    Reject,
     ReplicaDown,
     ReplicaUp,
     Scale,
@@ -299,6 +300,19 @@ TABLES: dict[str, tuple[Deployment, Table]] = {
             (9.5, small(2, timeout_s=COLD_START_S), ["2 waits for chat-0"]),  # in two seconds it is there
         ],
     ),
+    "for whom none would be large enough none is started": (
+        chats(least=0),
+        [*NOBODY_THERE, (6.5, ask(1, prompt=10**8), ["reject 1: too_long, 0 s"])],
+    ),
+    "nor is what cannot be started promised": (
+        supply.resolve(scenario(2, {"chat": {"min_replicas": 0, "max_replicas": 1}, "news": {"max_replicas": 1}})),
+        [
+            *NOBODY_THERE[:-2],
+            (5.1, ask(1), ["reject 1: no_replica, 1 s"]),  # it is being freed
+            (5.2, ReplicaDown("chat-0", "scaled down"), []),
+            (5.3, ask(2), ["scale chat to 1", "start chat-0", "2 waits for chat-0"]),
+        ],
+    ),
     "one that has been started for nothing goes when it is there": (
         chats(least=0, cold_start=30),
         [
@@ -311,6 +325,19 @@ TABLES: dict[str, tuple[Deployment, Table]] = {
         ],
     ),
     # --- a start that fails ---
+    "a start that fails": (
+        chats(least=0, most=1),
+        [
+            *NOBODY_THERE,
+            (6.5, ask(1), ["scale chat to 1", "start chat-0", "1 waits for chat-0"]),
+            (6.6, ask(2), ["2 waits for chat-0"]),
+            (8.0, ReplicaDown("chat-0", "cannot be loaded"), ["fail 1: no_replica", "fail 2: no_replica"]),
+            (8.1, ask(3), ["reject 3: no_replica, 1 s"]),
+            *looks(9, 9),  # it is still being tried
+            (11.5, ReplicaUp("chat-0"), []),
+            (11.6, ask(4), ["4 waits for chat-0", "chat-0 #1: 4+100!"]),
+        ],
+    ),
     "those who wait for a start that fails have another": (
         chats(),
         [
@@ -509,6 +536,16 @@ def test_two_models_take_turns_on_the_slices_that_are_left() -> None:
         assert core.handle(decision.event, now_s=decision.at_s) == decision.actions
         core.check_invariants()
         assert_alone_on_its_slice(core)
+
+
+def test_a_request_that_nobody_can_serve_ends_the_simulation_all_the_same() -> None:
+    demand = scenario(2, {"chat": {"min_replicas": 0, "max_replicas": 2}})
+    rows = burst([(0.1, "chat"), (60.0, "chat")])
+    long = replace(rows.requests[1], prompt_tokens=10**8)
+    log, run = simulated(demand, replace(rows, requests=(rows.requests[0], long)))
+    assert [a.reason for d in log for a in d.actions if isinstance(a, Reject)] == ["too_long"]
+    assert list(run.requests["status"]) == ["completed", "error"]
+    assert_replays(demand, log)
 
 
 def assert_replays(demand: Scenario, log: list[Decision]) -> None:
