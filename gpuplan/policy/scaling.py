@@ -2,8 +2,9 @@
 
 Every `interval` each model with a rule is looked at (`autoscaler.Autoscaler` decides how many replicas there should
 be). More: those that were just asked to stop stay, then those that stand by are started, in order of the deployment
-and each only where no other replica is. Fewer: the one with the least to do stops; it finishes what it runs, and what
-waits for it waits for another. A request for a model that has been scaled to zero starts one at once, and waits for it.
+and each only where no other replica is. Fewer: the one with the least to do stops, but never the last that serves while
+another starts; it finishes what it runs, and what waits for it waits for another. A request for a model that has been
+scaled to zero starts one at once, if one could hold it, and waits for it.
 """
 
 from __future__ import annotations
