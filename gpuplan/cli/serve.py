@@ -21,6 +21,9 @@ def serve(
     host: str = typer.Option("127.0.0.1", help="Address to listen on."),
     port: int = typer.Option(8000, min=0, max=65535, help="Port to listen on; 0 picks a free one."),
     api_key: str | None = typer.Option(None, envvar="GPUPLAN_API_KEY", help="Bearer token that requests must carry."),
+    api_keys: Path | None = typer.Option(
+        None, help="YAML file of names and keys; each is a bearer token, and has rate limits of its own."
+    ),
     admin_token: str | None = typer.Option(
         None, envvar="GPUPLAN_ADMIN_TOKEN", help="Bearer token for /admin/swap, which is not there without it."
     ),
@@ -45,6 +48,7 @@ def serve(
     from gpuplan.scenario import deployment, files
     from gpuplan.scenario.build import build
     from gpuplan.scenario.demand import Scenario
+    from gpuplan.serve import keys
     from gpuplan.serve.service import ServiceOptions
     from gpuplan.telemetry import choice, nvml, sampler
 
@@ -55,7 +59,7 @@ def serve(
     options = ServiceOptions(
         host=host,
         port=port,
-        api_keys={"default": api_key} if api_key else {},
+        api_keys=keys.together(keys.load(api_keys) if api_keys else {}, api_key or None),
         admin_token=admin_token,
         models_dir=models_dir,
         allow_cpu=allow_cpu,
@@ -87,7 +91,7 @@ async def _serve(deployment: Any, options: Any, folder: Path | None, as_json: bo
                 typer.echo(f"{model}: {engine}")
             typer.echo(f"listening on {service.url}  (Ctrl-C drains and stops)")
         if options.host not in ("127.0.0.1", "::1", "localhost") and not options.api_keys:
-            typer.echo("warning: listening beyond this machine without --api-key", err=True)
+            typer.echo("warning: listening beyond this machine without --api-key or --api-keys", err=True)
         await service.stopped()
     if folder is not None and service.recorder is not None:
         store.write_server_rows(service.recorder.server_rows(), service.about(), folder)
