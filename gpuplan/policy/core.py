@@ -33,6 +33,7 @@ from gpuplan.policy.vocabulary import (
     Action,
     Arrive,
     Assign,
+    BreakerState,
     Cancel,
     Complete,
     Drain,
@@ -165,6 +166,21 @@ class ServingCore:
         for replica in self._models[model].replicas:
             counts[replica.condition] += 1
         return counts
+
+    def kv_usage(self, model: str) -> float | None:
+        """The share of its ready replicas' KV cache that is reserved; None for a model that has no limit."""
+        replicas = [r for r in self._models[model].replicas if r.spec.kv_tokens_max is not None]
+        tokens_max = sum(r.spec.kv_tokens_max or 0 for r in replicas if r.up)
+        if not tokens_max:
+            return 0.0 if replicas else None
+        return sum(r.kv_reserved for r in replicas if r.up) / tokens_max
+
+    def breakers(self) -> Iterator[tuple[str, BreakerState]]:
+        """Every model's circuit breaker, and every replica's that there is now, by name."""
+        for model in self._models.values():
+            yield model.name, model.breaker.state
+            for replica in model.replicas:
+                yield replica.spec.id, replica.breaker.state
 
     def full(self, model: str) -> bool:
         """Nobody more would be let in: good to know before a prompt is counted. (An arrival is judged again.)"""

@@ -7,13 +7,27 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from gpuplan.policy.core import ServingCore
-from gpuplan.policy.vocabulary import Action, Arrive, Cancel, Complete, Event, Fail, Reject, RunStep, StepDone
+from gpuplan.policy.vocabulary import (
+    Action,
+    Arrive,
+    BreakerState,
+    Cancel,
+    Complete,
+    Event,
+    Fail,
+    Reject,
+    RejectReason,
+    RunStep,
+    Scale,
+    StepDone,
+)
 from gpuplan.record.recorder import Sample
 from gpuplan.scenario.deployment import Deployment, place_of
 from gpuplan.serve.lag import LoopLag
@@ -26,8 +40,8 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class Metrics:
-    """Counts a core's decisions (give it every one), keeps the last readings of the cards, and reads the core's queues
-    when scraped."""
+    """Counts a core's decisions (give it every one), keeps the last readings of the cards, and reads what the core
+    has in hand when scraped."""
 
     def __init__(self, deployment: Deployment) -> None:
         self._model_of = {r.id: r.model for r in deployment.every_replica()}
@@ -35,14 +49,16 @@ class Metrics:
         self._steps: dict[str, tuple[RunStep, float]] = {}
         models = sorted({r.model for r in deployment.replicas})
         self._counts = {name: _Counts(name) for name in models}
+        self._refused: Counter[str] = Counter(dict.fromkeys(get_args(RejectReason), 0))
+        self._wanted = Counter(r.model for r in deployment.replicas)
         self._cards = _Cards()
         self.registry = CollectorRegistry()
-        self.registry.register(_Counted(self._counts))
+        self.registry.register(_Counted(self._counts, self._refused))
         self.registry.register(self._cards)
 
     def watch(self, core: ServingCore, deployment: Deployment, lag: LoopLag) -> None:
-        """Exposes the core's queues and the event loop's lag as gauges."""
-        self.registry.register(_Queues(core, deployment))
+        """Exposes the core's queues, replicas and breakers, and the event loop's lag, as gauges."""
+        self.registry.register(_Now(core, self._wanted))
         late = Gauge("gpuplan_event_loop_lag_seconds", "How late the event loop last was.", registry=self.registry)
         late.set_function(lambda: lag.last_s)
 
@@ -72,7 +88,10 @@ class Metrics:
                 case Complete(request_id=request_id):
                     self._ended(request_id, "completed", now_s)
                 case Reject(request_id=request_id, reason=reason):
+                    self._refused[reason] += 1
                     self._ended(request_id, reason, now_s)
+                case Scale(model=model, replicas=replicas):
+                    self._wanted[model] = replicas
                 case Fail(request_id=request_id):
                     self._ended(request_id, "failed", now_s)
 
@@ -134,11 +153,14 @@ class _Counts:
 class _Counted(Collector):
     """The counts as Prometheus' families, made when scraped."""
 
-    def __init__(self, counts: Mapping[str, _Counts]) -> None:
-        self._counts = counts
+    def __init__(self, counts: Mapping[str, _Counts], refused: Mapping[str, int]) -> None:
+        self._counts, self._refused = counts, refused
 
     def collect(self) -> Iterable[Metric]:
         ended = CounterMetricFamily("gpuplan_requests", "Requests ended, by outcome.", labels=["model", "outcome"])
+        refused = CounterMetricFamily(
+            "gpuplan_refused", "Requests refused, at the door or when counted, by reason.", labels=["reason"]
+        )
         generated = CounterMetricFamily("gpuplan_generation_tokens", "Tokens generated.", labels=["model"])
         taken = CounterMetricFamily("gpuplan_prompt_tokens", "Prompt tokens taken in.", labels=["model"])
         size = _family("batch_size", "Sequences in a step.")
@@ -154,7 +176,9 @@ class _Counted(Collector):
             step.add_metric([model], *counts.step.told())
             first.add_metric([model], *counts.first_token.told())
             latency.add_metric([model], *counts.latency.told())
-        return (ended, generated, taken, size, step, first, latency)
+        for reason, number in self._refused.items():
+            refused.add_metric([reason], number)
+        return (ended, refused, generated, taken, size, step, first, latency)
 
 
 def _family(name: str, text: str) -> HistogramMetricFamily:
@@ -184,17 +208,40 @@ class _Cards(Collector):
         return [gauge for gauge in gauges.values() if gauge.samples]
 
 
-class _Queues(Collector):
+class _Now(Collector):
     """Gauges read from the core at the moment of the scrape."""
 
-    def __init__(self, core: ServingCore, deployment: Deployment) -> None:
+    def __init__(self, core: ServingCore, wanted: Mapping[str, int]) -> None:
         self._core = core
-        self._models = sorted({r.model for r in deployment.replicas})
+        self._wanted = wanted
 
     def collect(self) -> Iterable[Metric]:
-        waiting = GaugeMetricFamily("gpuplan_requests_waiting", "Requests in a model's queue.", labels=["model"])
-        running = GaugeMetricFamily("gpuplan_requests_running", "Requests on a model's replicas.", labels=["model"])
-        for model in self._models:
+        waiting = _gauge("requests_waiting", "Requests in a model's queue.", "model")
+        running = _gauge("requests_running", "Requests on a model's replicas.", "model")
+        cache = _gauge("kv_cache_usage_ratio", "Share of the ready replicas' KV cache that is reserved.", "model")
+        replicas = _gauge("replicas", "A model's replicas, by what they do.", "model", "state")
+        wanted = _gauge("replicas_wanted", "Replicas that the autoscaler last asked for, or the file names.", "model")
+        breaker = _gauge(
+            "circuit_breaker_state", "Of a model, or a replica's place: 0 closed, 1 half-open, 2 open.", "name"
+        )
+        for model, number in sorted(self._wanted.items()):
             waiting.add_metric([model], self._core.waiting(model))
             running.add_metric([model], self._core.running(model))
-        return (waiting, running)
+            wanted.add_metric([model], number)
+            for state, count in self._core.replicas(model).items():
+                replicas.add_metric([model, state], count)
+            if (usage := self._core.kv_usage(model)) is not None:
+                cache.add_metric([model], usage)
+        worst: dict[str, int] = {}  # by place: versions come and go, labels stay
+        for name, tripped in self._core.breakers():
+            worst[place_of(name)] = max(worst.get(place_of(name), 0), _BREAKER[tripped])
+        for name, number in sorted(worst.items()):
+            breaker.add_metric([name], number)
+        return (waiting, running, cache, replicas, wanted, breaker)
+
+
+_BREAKER: dict[BreakerState, int] = {"closed": 0, "half_open": 1, "open": 2}
+
+
+def _gauge(name: str, text: str, *labels: str) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"gpuplan_{name}", text, labels=labels)
