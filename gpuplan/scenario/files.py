@@ -96,6 +96,20 @@ def check(scenario: Scenario) -> None:
     for name in scenario.deployment.batching:
         if name not in scenario.models:
             raise InputError("no such model", key=f"deployment.batching.{name}", allowed=", ".join(scenario.models))
+    for name, rule in scenario.deployment.autoscale.models.items():
+        key = f"deployment.autoscale.models.{name}"
+        if name not in scenario.models:
+            raise InputError("no such model", key=key, value=name, allowed=", ".join(scenario.models))
+        _check_autoscale(rule, key)
+    _check_admission(scenario.deployment.admission)
+    breakers = scenario.deployment.breakers
+    if breakers.open_max < breakers.open:
+        raise InputError(
+            "is below open",
+            key="deployment.breakers.open_max",
+            value=breakers.open_max,
+            allowed=f"at least {breakers.open:g} s",
+        )
     for i, fault in enumerate(scenario.faults):
         _check_fault(fault, f"faults[{i}]")
     resolved = deployment.resolve(scenario)
@@ -145,6 +159,35 @@ def _check_fault(fault: demand.FaultSpec, key: str) -> None:
     instant = next((name for name in ("crash", "hang") if getattr(fault, name) is not None), None)
     if instant and fault.lasting is not None:
         raise InputError(f"a {instant} has no length", key=f"{key}.for", value=fault.lasting, allowed="leave it out")
+
+
+def _check_autoscale(rule: demand.AutoscaleRule, key: str) -> None:
+    if rule.min_replicas > rule.max_replicas:
+        raise InputError(
+            "is above max_replicas",
+            key=f"{key}.min_replicas",
+            value=rule.min_replicas,
+            allowed=f"at most {rule.max_replicas}",
+        )
+    for signal in ("", "kv_", "load_"):
+        up, down = getattr(rule, f"{signal}scale_up_at"), getattr(rule, f"{signal}scale_down_at")
+        if down >= up:  # replicas would come and go for ever
+            raise InputError(
+                f"is not below {signal}scale_up_at",
+                key=f"{key}.{signal}scale_down_at",
+                value=down,
+                allowed=f"less than {up:g}",
+            )
+
+
+def _check_admission(spec: demand.AdmissionSpec) -> None:
+    """A live server may be asked by classes that the scenario does not send, so any class may have rules."""
+    rules = {f"classes.{name}.rate_limit": rules.rate_limit for name, rules in spec.classes.items()}
+    for where, limit in {**rules, "per_key": spec.per_key}.items():
+        if limit is not None and limit.requests_per_s is None and limit.tokens_per_s is None:
+            raise InputError(
+                "limits nothing", key=f"deployment.admission.{where}", allowed="requests_per_s or tokens_per_s, or both"
+            )
 
 
 def _check_shape(shape: demand.ShapeSpec, key: str) -> None:

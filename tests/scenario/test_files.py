@@ -291,6 +291,83 @@ REPLACED = [
         )
     ),
     ("warmup: 1s", "faults: [{model: chat, crash: {}}]", 4, "faults[0].at", "missing"),
+    (
+        "  replicas",
+        "  autoscale: {models: {mood: {max_replicas: 2}}}\n  replicas",
+        17,
+        "deployment.autoscale.models.mood",
+        "no such model (got 'mood'); allowed: chat",
+    ),
+    (
+        "  replicas",
+        "  autoscale: {models: {chat: {max_replicas: 1, min_replicas: 2}}}\n  replicas",
+        17,
+        "deployment.autoscale.models.chat.min_replicas",
+        "is above max_replicas (got 2); allowed: at most 1",
+    ),
+    (
+        "  replicas",
+        "  autoscale: {models: {chat: {max_replicas: 1, scale_down_at: 4}}}\n  replicas",
+        17,
+        "deployment.autoscale.models.chat.scale_down_at",
+        "is not below scale_up_at (got 4.0); allowed: less than 4",
+    ),
+    (
+        "  replicas",
+        "  autoscale: {models: {chat: {max_replicas: 1, kv_scale_up_at: 0.5}}}\n  replicas",
+        17,
+        "deployment.autoscale.models.chat.kv_scale_down_at",
+        "is not below kv_scale_up_at (got 0.6); allowed: less than 0.5",
+    ),
+    (
+        "  replicas",
+        "  autoscale: {models: {chat: {max_replicas: 1, load_scale_down_at: 1}}}\n  replicas",
+        17,
+        "deployment.autoscale.models.chat.load_scale_down_at",
+        "is not below load_scale_up_at (got 1.0); allowed: less than 0.9",
+    ),
+    (
+        "  replicas",
+        "  autoscale: {models: {chat: {min_replicas: 1}}}\n  replicas",
+        17,
+        "deployment.autoscale.models.chat.max_replicas",
+        "missing",
+    ),
+    (
+        "  replicas",
+        "  autoscale: {models: {chat: {max_replicas: 2}}}\n  replicas",
+        17,
+        "deployment.autoscale.models.chat.max_replicas",
+        "no 3g.40gb is left in the layout (got 2); allowed: 1, or a layout with more slices",
+    ),
+    (
+        "  replicas",
+        "  admission: {classes: {any: {rate_limit: {burst: 2s}}}}\n  replicas",
+        17,
+        "deployment.admission.classes.any.rate_limit",
+        "limits nothing; allowed: requests_per_s or",
+    ),
+    (
+        "  replicas",
+        "  admission: {per_key: {}}\n  replicas",
+        17,
+        "deployment.admission.per_key",
+        "limits nothing",
+    ),
+    (
+        "  replicas",
+        "  admission: {classes: {any: {priority: 10}}}\n  replicas",
+        17,
+        "deployment.admission.classes.any.priority",
+        "(got 10); allowed: int <= 9",
+    ),
+    (
+        "  replicas",
+        "  breakers: {open: 90s}\n  replicas",
+        17,
+        "deployment.breakers.open_max",
+        "is below open (got 60.0); allowed: at least 90 s",
+    ),
     ("seed: 1", '"a\\nb": 1', 2, "a", "unknown key; allowed: "),  # on one line even so
 ]
 
@@ -304,6 +381,11 @@ def test_a_bad_value_is_named_with_its_line(
     assert str(error).startswith(f"{path}:{line}: {key}")
     assert text in str(error)
     assert "\n" not in str(error)
+
+
+def test_classes_that_no_traffic_has_may_have_rules(tmp_path: Path) -> None:
+    rules = "  admission: {classes: {elsewhere: {priority: 1, deadline: 2s}}}\n"
+    assert deployment.resolve(files.load(written(tmp_path, GOOD + rules))).traffic_classes == ("talk", "elsewhere")
 
 
 def test_two_classes_of_one_name(tmp_path: Path) -> None:
