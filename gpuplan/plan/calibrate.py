@@ -46,7 +46,7 @@ SAMPLES_FOR = {"p50": 10, "p95": 60, "p99": 300}
 def fit(run: Run, *, until_s: float = float("inf")) -> ServiceTimes:
     """Service times from the steps begun before `until_s`; empty where the run has no batch rows."""
     deployment = resolve(files.from_builtins(run.meta.scenario))
-    by_id = {r.id: r for r in deployment.replicas}
+    by_id = {r.id: r for r in deployment.every_replica()}
     steps = run.batches[~run.batches["failed"].astype(bool) & (run.batches["started_s"] < until_s)]
     steps = steps[~_slowed(steps, deployment, begun_s=float(run.requests["arrived_s"].min()))]
     groups: dict[tuple[str, str], list[pd.DataFrame]] = {}
@@ -56,7 +56,7 @@ def fit(run: Run, *, until_s: float = float("inf")) -> ServiceTimes:
             groups.setdefault((replica.model, replica.slice.name), []).append(rows)
     fits = {}
     for (model, slice_name), parts in groups.items():
-        replica = next(r for r in deployment.replicas if (r.model, r.slice.name) == (model, slice_name))
+        replica = next(r for r in by_id.values() if (r.model, r.slice.name) == (model, slice_name))
         loads, seconds = _loads([row for rows in parts for row in rows.itertuples(index=False)])
         costs = step_costs(deployment, replica)
         if len(loads) >= STEPS_MIN:

@@ -31,7 +31,7 @@ from gpuplan.record.run import Run
 from gpuplan.record.summary import Summary
 from gpuplan.scenario import deployment as supply
 from gpuplan.scenario import files
-from gpuplan.scenario.demand import DeploymentSpec, ReplicaSpec
+from gpuplan.scenario.demand import DeploymentSpec, ReplicaSpec, Scenario
 
 ASSIGNMENTS_SIMULATED = 3
 """Per layout: the load estimate ranks well, but not so well that a later choice is never better."""
@@ -49,7 +49,7 @@ def make_plan(run: Run, *, on_progress: Callable[[str], None] = lambda _: None) 
     `on_progress` is told in a few words what is being tried.
     """
     started_s = time.perf_counter()
-    scenario = files.from_builtins(run.meta.scenario)
+    scenario = _always_there(files.from_builtins(run.meta.scenario))
     trials = Trials(scenario, calibrate.fit(run), rate_scale=run.meta.rate_scale, speed=run.meta.speed)
     own = supply.resolve(scenario)
     if own.gpu is None:
@@ -85,6 +85,14 @@ def make_plan(run: Run, *, on_progress: Callable[[str], None] = lambda _: None) 
             started_s=started_s,
         )
     )
+
+
+def _always_there(scenario: Scenario) -> Scenario:
+    """The scenario without its autoscale rules: a plan says how many replicas hold the SLOs when all of them are there,
+    and proposes thresholds of its own."""
+    spec = scenario.deployment
+    fixed = msgspec.structs.replace(spec, autoscale=msgspec.structs.replace(spec.autoscale, models={}))
+    return msgspec.structs.replace(scenario, deployment=fixed)
 
 
 def _on_fresh_seeds(trials: Trials, trial: Trial) -> dict[int, Summary]:

@@ -55,6 +55,20 @@ def test_the_plan_can_be_built_as_it_stands_and_meets_its_slos(plan: dict[str, A
         assert again["classes"]["chat"][metric] == pytest.approx(plan["predicted"]["classes"]["chat"][metric])
 
 
+def test_rules_of_scaling_are_no_part_of_what_is_planned(plan: dict[str, Any]) -> None:
+    """All the same scenario, but that `mood` may have one replica more."""
+    rules = {"max_gpus": 2, "models": {"mood": {"max_replicas": 2, "slice": "1g.10gb"}}}
+    supply = {
+        "gpu": "a100-80gb",
+        "mig": ["3g.40gb", "1g.10gb", "1g.10gb"],
+        "replicas": [{"model": "chat", "slice": "3g.40gb"}, {"model": "mood", "slice": "1g.10gb"}],
+        "autoscale": rules,
+    }
+    scaled = make_plan(simulated(scenario(deployment=supply)))
+    for key in ("gpus_needed", "mig", "replicas", "batching"):
+        assert scaled[key] == plan[key], key
+
+
 def test_every_layout_is_accounted_for(plan: dict[str, Any]) -> None:
     named = {tuple(a["profiles"]) for a in plan["alternatives"]} | {tuple(plan["mig"]["layouts"][0]["profiles"])}
     assert len(named) == 29, "28 maximal layouts and the uncut card"
