@@ -252,3 +252,12 @@ def test_a_client_that_hangs_up_frees_its_place() -> None:
     assert (requests["done_s"] - requests["scheduled_s"]).to_numpy() == pytest.approx(0.1)
     assert requests["tokens"].between(1, 20).all()
     assert (requests["started_s"] == requests["scheduled_s"]).all(), "the place is free for the next one"
+
+
+def test_replicas_come_with_the_load_and_go_with_it() -> None:
+    done = run(files.load(REPOSITORY / "scenarios" / "autoscale.yaml"))
+    began = done.batches.groupby("replica")["started_s"].min()
+    assert sorted(began.index) == ["chat-0", "chat-1", "chat-2", "chat-3"]
+    assert began["chat-0"] < 1 < began[["chat-1", "chat-2", "chat-3"]].min(), "the others came later"
+    ended = done.batches.groupby("replica")["done_s"].max().sort_values()
+    assert ended.iloc[0] < ended.iloc[-1] - 3, "and not all of them stayed"
