@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -381,6 +382,27 @@ def test_a_bad_value_is_named_with_its_line(
     assert str(error).startswith(f"{path}:{line}: {key}")
     assert text in str(error)
     assert "\n" not in str(error)
+
+
+EXAMPLES = [
+    (page, example)
+    for page in ("scenario.md", "serving.md")
+    for example in re.findall(r"```yaml\n(deployment:.*?)```", (REPOSITORY / "docs" / page).read_text(), re.DOTALL)
+]
+
+
+@pytest.mark.parametrize(("page", "example"), EXAMPLES)
+def test_the_examples_of_the_docs_are_sound(page: str, example: str, tmp_path: Path) -> None:
+    if "gpu:" not in example:
+        example = example.replace("deployment:\n", "deployment:\n  gpu: a100-80gb\n")
+    models = "name: docs\nmodels: {mood: {emulate: bert-base}}\n"
+    assert deployment.resolve(files.load(written(tmp_path, models + example))).replicas
+
+
+def test_the_docs_have_examples_of_scaling_and_of_admission() -> None:
+    for page in ("scenario.md", "serving.md"):
+        for key in ("autoscale:", "admission:"):
+            assert any(key in example for where, example in EXAMPLES if where == page), (page, key)
 
 
 def test_classes_that_no_traffic_has_may_have_rules(tmp_path: Path) -> None:
