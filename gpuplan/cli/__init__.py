@@ -11,7 +11,7 @@ import sys
 import typer
 
 from gpuplan import __version__
-from gpuplan.cli import bench, export, gpus, models, plan, report, scenario, serve, simulate
+from gpuplan.cli import bench, explain, export, gpus, models, plan, report, scenario, serve, simulate
 from gpuplan.errors import GpuplanError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command()(bench.bench)
 app.command()(simulate.simulate)
 app.command()(plan.plan)
 app.command()(report.report)
+app.command()(explain.explain)
 app.command()(serve.serve)
 app.command()(export.export)
 app.command()(gpus.gpus)
