@@ -30,7 +30,7 @@ def test_every_example_on_a_card_can_be_simulated(file: Path, tmp_path: Path) ->
 
 
 def test_every_command_has_help_with_an_example() -> None:
-    for name in ("bench", "simulate", "plan", "report", "serve", "export", "gpus"):
+    for name in ("bench", "simulate", "plan", "report", "explain", "serve", "export", "gpus"):
         done = gpuplan(name, "--help")
         assert done.returncode == 0
         assert f"Example: gpuplan {name}" in done.stdout
@@ -97,6 +97,7 @@ BAD_ARGUMENTS = [
     (("bench", "nowhere.yaml"), 2, "nowhere.yaml: cannot read"),
     (("plan", "/"), 2, "not a run folder"),
     (("report", "/nowhere"), 2, "not a run folder"),
+    (("explain", "/nowhere", "1"), 2, "not a run folder"),
     (("export", "/nowhere.json", "--to", "nvidia-smi"), 2, "cannot use: No such file"),
     (("export", "/nowhere.json", "--to", "yaml"), 2, "unknown format"),
     (("gpus", "a10"), 2, "did you mean a10g or a40 or a30"),
