@@ -343,17 +343,6 @@ def _arrival(lines: Sequence[bytes], client_id: str) -> int | None:
     return found
 
 
-def _client_ids(lines: Sequence[bytes], request_ids: Sequence[int]) -> tuple[str, ...]:
-    """By the core's numbers, the ids that clients gave; the number itself in brackets where one gave none."""
-    wanted, named = set(request_ids), {}
-    for index, line in enumerate(lines):
-        if b'"Arrive"' in line:
-            event = _decoded(lines, index).event
-            if isinstance(event, Arrive) and event.request_id in wanted:
-                named[event.request_id] = event.client_id
-    return tuple(named.get(i) or f"[{i}]" for i in request_ids)
-
-
 class _Step:
     """A step of the request that is running; `told` where it is a moment of its own."""
 
@@ -388,6 +377,8 @@ class _Teller:
         self._phase = "waiting"
         self._since_s = 0.0
         self._buckets = dict.fromkeys(("waiting", "prompt", "decoding", "lost"), 0.0)
+        self._client_ids: dict[int, str] = {}  # by the core's numbers, of those that arrive before line `_named_to`
+        self._named_to = 0
         self._moments: list[Moment] = []
         self._ended = False
 
@@ -429,9 +420,7 @@ class _Teller:
         now_s = decision.at_s
         match action:
             case Assign(request_id=self._id):
-                cause = self._cause(action, decision)
-                self._at = action.replica_id
-                self._moments.append(Waits(now_s, self._at, action.ahead, action.expected_s, action.taken_from, cause))
+                self._assigned(action, self._cause(action, decision), now_s)
             case RunStep(replica_id=replica_id) if replica_id == self._at:
                 self._step_begun(action, now_s)
             case Complete(request_id=self._id):
@@ -444,6 +433,15 @@ class _Teller:
                 (self._open.add if state == "open" else self._open.discard)(name)
                 if state == "open" and name == self._at:
                     self._moments.append(LeftAlone(now_s, name, reason))
+
+    def _assigned(self, action: Assign, cause: Cause, now_s: float) -> None:
+        taken_from, last = action.taken_from, self._moments[-1]
+        if cause == "lost" and isinstance(last, Waits) and (last.at_s, last.cause) == (now_s, cause):
+            # Whoever ran on a lost replica is placed again, and once more with all that wait for it.
+            self._moments.pop()
+            taken_from = taken_from or last.taken_from
+        self._at = action.replica_id
+        self._moments.append(Waits(now_s, self._at, action.ahead, action.expected_s, taken_from, cause))
 
     def _cause(self, assigned: Assign, decision: Decision) -> Cause:
         event, actions = decision.event, decision.actions
@@ -526,7 +524,14 @@ class _Teller:
         self._step, self._started, self._again, self._read, self._sat_out = None, False, False, 0, 0
 
     def _others(self, mine: _Step) -> tuple[str, ...]:
-        return _client_ids(self._lines[: self._index + 1], [i for i in mine.members if i != self._id])
+        """Its step's other members, by the ids that clients gave; the core's number in brackets where one gave none."""
+        for index in range(self._named_to, self._index + 1):
+            if b'"Arrive"' in self._lines[index]:
+                event = _decoded(self._lines, index).event
+                if isinstance(event, Arrive):
+                    self._client_ids[event.request_id] = event.client_id
+        self._named_to = self._index + 1
+        return tuple(self._client_ids.get(i) or f"[{i}]" for i in mine.members if i != self._id)
 
     def _tell_steps(self) -> None:
         """What went well since something else was told becomes one moment."""

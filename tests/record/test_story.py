@@ -13,6 +13,7 @@ from gpuplan.errors import InputError
 from gpuplan.policy.core import ServingCore
 from gpuplan.policy.vocabulary import (
     OUT_OF_MEMORY,
+    Action,
     Arrive,
     Assign,
     Cancel,
@@ -22,7 +23,10 @@ from gpuplan.policy.vocabulary import (
     Event,
     Reject,
     ReplicaDown,
+    ReplicaUp,
     RunStep,
+    Scale,
+    StartReplica,
     StepDone,
     StepFailed,
     Swap,
@@ -246,6 +250,14 @@ def test_steps_without_it_are_counted_while_halves_take_turns() -> None:
     assert sat_out == sum(1 for i in range(start, mine[-1]) if i not in mine) > 0
 
 
+def test_a_mate_whose_client_gave_no_id_has_the_core_s_number() -> None:
+    core = started(deployment(mood=1))
+    unnamed = Arrive(5, "mood", 10)
+    table = [(1.0, ask(0, 0, model="mood")), (1.1, ask(7, 0, model="mood")), (1.1, unnamed)]
+    lines = log(core, [*table, (1.2, StepDone("mood-0", 1)), (1.3, StepFailed("mood-0", 2, "engine_error"))])
+    assert "1.3 failed #2 engine_error with [5]" in short(tell(row(7, output_tokens=0), lines))
+
+
 def test_a_replica_that_is_lost_before_the_first_token_costs_a_second_try() -> None:
     core = started(deployment(chat=[None, None]))
     lines = log(
@@ -281,6 +293,19 @@ def test_a_replica_that_is_lost_after_the_first_token_takes_the_answer_with_it()
         "1.3 down chat-0 killed True #2 1",
         "1.3 failed replica_lost",
         "1.4 answered",
+    ]
+
+
+def test_a_late_word_of_a_lost_step_is_not_taken_for_the_new_one() -> None:
+    core = started(deployment(chat=[None]))
+    table: list[tuple[float, Event]] = [(1.0, ask(7, 1)), (1.3, ReplicaDown("chat-0", "killed", True))]
+    table += [(1.4, ReplicaUp("chat-0")), (1.5, StepDone("chat-0", 1)), (1.6, StepDone("chat-0", 2))]
+    assert short(tell(row(7, done_s=1.6), log(core, table)))[3:] == [
+        "1.3 down chat-0 killed True #1 0",
+        "1.3 lost chat-0 behind 0",  # told once, though the core places it twice
+        "1.4 starts chat-0 #2 100 in 1",
+        "1.6 first_token",
+        "1.6 completed",
     ]
 
 
@@ -345,6 +370,45 @@ def test_a_replica_that_fails_too_often_is_left_by_those_that_wait() -> None:
     ]
     told = tell(row(7), [msgspec.json.encode(d) for d in decisions])
     assert short(told)[2:4] == ["1.1 left_alone", "1.1 left_alone chat-1 behind 2 from chat-0"]
+
+
+SCALED = [
+    ([Scale("chat", 1, "few ask")], "stopped"),
+    ([Scale("chat", 3, "many ask"), StartReplica("chat-2")], "stolen"),  # more come, and another took it meanwhile
+    ([], "stolen"),
+]
+
+
+@pytest.mark.parametrize(("scaled", "cause"), SCALED, ids=["fewer", "more", "as many"])
+def test_a_replica_that_is_to_stop_is_left_by_those_that_wait(scaled: list[Action], cause: str) -> None:
+    decisions = [
+        Decision(1.0, ask(7), [Assign(47, "chat-0", 0, 0.5)]),
+        Decision(1.1, Wake(), [*scaled, Assign(47, "chat-1", 2, 0.5, "chat-0")]),
+    ]
+    told = tell(row(7), [msgspec.json.encode(d) for d in decisions])
+    assert short(told)[2] == f"1.1 {cause} chat-1 behind 2 from chat-0"
+
+
+def test_an_answer_that_is_no_number_is_no_step_that_went_well() -> None:
+    core = started(deployment(chat=[None]))
+    table: list[tuple[float, Event]] = [(1.0, ask(7, 5)), (1.1, StepDone("chat-0", 1)), (1.2, StepDone("chat-0", 2))]
+    table.append((1.3, StepDone("chat-0", 3, failed=((FIRST + 7, "nan_output"),))))
+    told = tell(row(7, first_token_s=1.1, status="error"), log(core, table))
+    assert short(told)[3:] == ["1.1 first_token", "1.1 decode x1 in 1-1 without 0", "1.3 failed nan_output", "answered"]
+
+
+def test_another_replica_s_end_is_not_its_own() -> None:
+    """At 1.47 s, so that its number, 47, is in the line."""
+    core = started(deployment(chat=[None, None]))
+    lines = log(core, [(1.0, ask(7, 1)), (1.47, ReplicaDown("chat-1", "killed")), (1.5, StepDone("chat-0", 1))])
+    assert b"47" in lines[1]
+    assert short(tell(row(7, done_s=1.5), lines))[3:] == ["1.5 first_token", "1.5 completed"]
+
+
+def test_a_key_that_reads_like_an_id_is_none() -> None:
+    core = started(deployment(chat=[None]))
+    lines = log(core, [(1.0, ask(7, 1)), (1.2, ask(8, 1, key="7")), (1.3, StepDone("chat-0", 1))])
+    assert short(tell(row(7), lines))[0] == "1 arrived"
 
 
 # --- what is not there --------------------------------------------------------------------------------------------
