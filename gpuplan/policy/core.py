@@ -272,9 +272,9 @@ class ServingCore:
         replica.wait(s)
         actions.append(Assign(s.request_id, replica.spec.id, ahead, expected_s, taken_from))
 
-    def _move(self, replica: ReplicaState, actions: list[Action]) -> None:
-        """Whoever waits for this replica waits for another that welcomes it, or stays if this one comes back."""
-        for s in sorted(replica.line, key=lambda s: s.request_id):
+    def _move(self, replica: ReplicaState, waiting: Iterable[Sequence], actions: list[Action]) -> None:
+        """Those who wait for this replica wait for another that welcomes them, or stay if this one comes back."""
+        for s in sorted(waiting, key=lambda s: s.request_id):
             if replica.available and not any(r.welcomes and r.could_hold(s) for r in s.model.replicas):
                 continue
             replica.wait_no_longer(s)
@@ -403,6 +403,7 @@ class ServingCore:
         self._drop_cancelled(replica)
         replica.turns.clear()
         suspects = {p.request_id for p in running.prefills} if running else ()
+        waited = list(replica.line)
         for s in sorted(replica.sequences(), key=lambda s: s.request_id):
             s.losses += s.request_id in suspects
             started = s.prefilled > 0 or s.request_id in suspects
@@ -412,7 +413,7 @@ class ServingCore:
                 self._place_again(s, replica, actions)
             else:
                 self._fail([s], "replica_lost", actions)
-        self._move(replica, actions)
+        self._move(replica, waited, actions)
         return model
 
     def _version_added(self, event: VersionAdded, actions: list[Action]) -> ModelState | None:
@@ -433,7 +434,8 @@ class ServingCore:
             model.retiring += not leaving.retiring
             leaving.retiring, leaving.phase = True, "serving"
         for replica_id in event.old:
-            self._move(self._replicas[replica_id], actions)
+            leaving = self._replicas[replica_id]
+            self._move(leaving, leaving.line, actions)
         return model
 
     def _version_dropped(self, event: VersionDropped, actions: list[Action]) -> ModelState | None:
@@ -441,7 +443,7 @@ class ServingCore:
         model, replica = self._model_of[event.replica_id], self._replicas.pop(event.replica_id)
         model.replicas.remove(replica)
         replica.place.remove(replica)
-        self._move(replica, actions)
+        self._move(replica, replica.line, actions)
         return model
 
     def _unload(self, model: ModelState, actions: list[Action]) -> None:
@@ -483,7 +485,7 @@ class ServingCore:
             health.wake(model, self._now_s, actions)
         if not self._draining:
             for replica in self._scaling.look(self._now_s, actions):
-                self._move(replica, actions)
+                self._move(replica, replica.line, actions)
         for model in self._models.values():
             if model.retiring:
                 self._unload(model, actions)
@@ -498,7 +500,7 @@ class ServingCore:
         """Starts whatever can start: afterwards no idle replica has work that is due."""
         for replica in model.replicas:
             if replica.breaker.state == "open" and len(replica.line) and any(r.welcomes for r in model.replicas):
-                self._move(replica, actions)
+                self._move(replica, replica.line, actions)
         for replica in model.replicas:
             if replica.step is None and replica.up:
                 if model.decoder:
