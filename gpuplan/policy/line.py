@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 PATIENCE_S = 60.0
 """In the order alone: as Nginx's and most clients' time limit."""
-Entry = tuple[float, int, "Sequence"]
+Entry = tuple[float, int, int, "Sequence"]
+"""When it is due, its number, its ticket, and who it is."""
 
 
 class Ahead(NamedTuple):
@@ -33,8 +34,8 @@ NOBODY = Ahead(0, 0, 0)
 
 
 class _Level:
-    """One priority's heap. Entries of sequences that have left are dead: they go when they come to the top, or when
-    there are more of them than of the living."""
+    """One priority's heap. Entries of sequences that have left, or come anew, are dead: theirs is no longer the
+    sequence's ticket. They go when they come to the top, or when there are more of them than of the living."""
 
     __slots__ = ("count", "heap", "kv_tokens", "priority", "prompt_tokens")
 
@@ -45,9 +46,12 @@ class _Level:
 
     def top(self) -> Sequence | None:
         heap = self.heap
-        while heap and heap[0][2].entry is not heap[0]:
+        while heap:
+            _, _, ticket, s = heap[0]
+            if s.ticket == ticket:
+                return s
             heapq.heappop(heap)
-        return heap[0][2] if heap else None
+        return None
 
 
 class Line:
@@ -65,13 +69,13 @@ class Line:
 
     def __iter__(self) -> Iterator[Sequence]:
         """In no order in particular."""
-        return (entry[2] for level in self._levels for entry in level.heap if entry[2].entry is entry)
+        return (s for level in self._levels for _, _, ticket, s in level.heap if s.ticket == ticket)
 
     def push(self, s: Sequence) -> None:
         level = self._level(s.priority)
         due_s = s.arrived_s + PATIENCE_S if s.deadline_s is None else s.deadline_s
-        s.entry = entry = (due_s, s.request_id, s)
-        heapq.heappush(level.heap, entry)
+        s.ticket += 1
+        heapq.heappush(level.heap, (due_s, s.request_id, s.ticket, s))
         level.count += 1
         level.prompt_tokens += s.prompt_tokens
         level.kv_tokens += s.kv_tokens
@@ -89,12 +93,12 @@ class Line:
     def remove(self, s: Sequence) -> None:
         """It must be here."""
         level = self._level(s.priority)
-        s.entry = None
+        s.ticket += 1
         level.count -= 1
         level.prompt_tokens -= s.prompt_tokens
         level.kv_tokens -= s.kv_tokens
         if len(level.heap) > 2 * level.count + 16:
-            level.heap = [entry for entry in level.heap if entry[2].entry is entry]
+            level.heap = [entry for entry in level.heap if entry[3].ticket == entry[2]]
             heapq.heapify(level.heap)
 
     def ahead_of(self, priority: int) -> Ahead:

@@ -10,7 +10,7 @@ from typing import Literal
 from gpuplan.policy.breaker import Breaker
 from gpuplan.policy.concurrency import ConcurrencyLimit
 from gpuplan.policy.cost import Outputs, Pace
-from gpuplan.policy.line import Entry, Line
+from gpuplan.policy.line import Line
 from gpuplan.policy.rate_limits import RateLimiter
 from gpuplan.policy.vocabulary import RunStep
 from gpuplan.scenario.demand import BatchingSpec, ClassSpec
@@ -63,7 +63,6 @@ class Sequence:
         "cancelled",
         "deadline_s",
         "emitted",
-        "entry",
         "expected_tokens",
         "home",
         "limiters",
@@ -76,6 +75,7 @@ class Sequence:
         "prompt_tokens",
         "replica",
         "request_id",
+        "ticket",
         "traffic",
         "work_s",
     )
@@ -106,7 +106,7 @@ class Sequence:
         self.losses = 0
         self.cancelled = self.probe = False
         self.work_s = 0.0
-        self.entry: Entry | None = None
+        self.ticket = 0
         self.home: ReplicaState | None = None
         self.replica: ReplicaState | None = None
 
