@@ -36,6 +36,7 @@ from gpuplan.policy.vocabulary import (
     BreakerState,
     Cancel,
     Complete,
+    Cut,
     Drain,
     Event,
     Fail,
@@ -59,11 +60,14 @@ RETURN_S = 1.0
 
 
 class ServingCore:
-    """The decisions for one deployment. Not thread-safe: one driver, one event at a time, time never backwards."""
+    """The decisions for one deployment. Not thread-safe: one driver, one event at a time, time never backwards. A
+    driver that can run a step several times in a row says how often at most (`steps_max`); what such steps tell of
+    their replica's speed is heard when the last one is over."""
 
-    def __init__(self, deployment: Deployment, *, dispatcher: Dispatcher | None = None) -> None:
+    def __init__(self, deployment: Deployment, *, dispatcher: Dispatcher | None = None, steps_max: int = 1) -> None:
         self._deployment = deployment
         self._dispatcher = dispatcher or ByCompletion()
+        self._steps_max = steps_max
         self._models = {
             name: ModelState(
                 name,
@@ -322,11 +326,11 @@ class ServingCore:
         if len(step.decodes) < len(ran):  # one group of several that take turns
             ran = [s for s in ran if s.request_id in step.decodes]
         for s in ran:
-            s.emitted += 1
-        replica.context_tokens += len(ran)
+            s.emitted += event.steps
+        replica.context_tokens += len(ran) * event.steps
         if step.prefills:
             self._prefilled(replica, step)
-        health.step_done(model, replica, step, self._now_s, actions)
+        health.step_done(model, replica, step, event.steps, self._now_s, actions)
         self._drop_cancelled(replica)
         for request_id, reason in event.failed:
             unanswered = self._sequences.get(request_id)
@@ -507,6 +511,11 @@ class ServingCore:
                     self._start_iteration(model, replica, actions)
                 else:
                     self._start_batch(model, replica, actions)
+            elif replica.step is not None and replica.step.steps > 1 and not replica.cut:
+                head = replica.line.head()
+                if replica.cancelled or (head is not None and replica.has_room_for(head)):
+                    replica.cut = True
+                    actions.append(Cut(replica.spec.id, replica.step.step_id))
 
     def _start_iteration(self, model: ModelState, replica: ReplicaState, actions: list[Action]) -> None:
         while (head := replica.line.head()) is not None and replica.has_room_for(head):
@@ -515,7 +524,8 @@ class ServingCore:
             self._steal(model, replica, actions)
         if replica.running:
             group = failures.next_turn(replica, self._sequences)
-            self._start(replica, batching.iteration(model, replica, self._steps + 1, group), actions)
+            step = batching.iteration(model, replica, self._steps + 1, group, self._steps_max)
+            self._start(replica, step, actions)
 
     def _start_batch(self, model: ModelState, replica: ReplicaState, actions: list[Action]) -> None:
         if replica.turns and (group := failures.next_turn(replica, self._sequences)):
@@ -547,7 +557,7 @@ class ServingCore:
     def _start(self, replica: ReplicaState, step: RunStep, actions: list[Action]) -> None:
         self._steps = step.step_id
         replica.step = step
-        replica.step_began_s, replica.step_ends_s = self._now_s, self._now_s + replica.pace.step_s(step.load)
+        replica.step_began_s, replica.step_s, replica.cut = self._now_s, replica.pace.step_s(step.load), False
         actions.append(step)
 
     def _fail(self, sequences: Iterable[Sequence], reason: str, actions: list[Action]) -> None:

@@ -115,7 +115,13 @@ def free_after_s(replica: ReplicaState, now_s: float) -> float:
     again."""
     if not replica.up:
         return abs(replica.ready_s - now_s)
-    return abs(replica.step_ends_s - now_s) if replica.step is not None else 0.0
+    step = replica.step
+    if step is None:
+        return 0.0
+    since_s, step_s = now_s - replica.step_began_s, replica.step_s
+    if step.steps > 1 and since_s < step.steps * step_s:  # it can be cut after any of them
+        return step_s - since_s % step_s
+    return abs(step.steps * step_s - since_s)
 
 
 def to_steal(model: ModelState, thief: ReplicaState, *, now_s: float) -> Sequence | None:
@@ -139,7 +145,10 @@ def _starts_soon(replica: ReplicaState, s: Sequence, now_s: float) -> bool:
     late by more than its own length."""
     if not replica.has_room_for(s):
         return False
-    return replica.step is None or (s.output_tokens > 0 and now_s <= 2 * replica.step_ends_s - replica.step_began_s)
+    step = replica.step
+    if step is None:
+        return True
+    return s.output_tokens > 0 and now_s - replica.step_began_s <= (step.steps + 1) * replica.step_s
 
 
 def _score(replica: ReplicaState, s: Sequence, now_s: float) -> float:

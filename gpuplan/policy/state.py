@@ -126,7 +126,8 @@ class ReplicaState:
 
     `turns` are groups that run one after the other, the last one first, before everybody runs together again: the
     halves of a step that failed. `slow_steps` counts those in a row that took much longer than a neighbour's would.
-    `answered` is how many requests its last step answered, at `answered_s`.
+    `answered` is how many requests its last step answered, at `answered_s`. The step that runs, from `step_began_s` on,
+    should take `step_s` each time; `cut` when it is not to be run again.
     """
 
     __slots__ = (
@@ -135,6 +136,7 @@ class ReplicaState:
         "breaker",
         "cancelled",
         "context_tokens",
+        "cut",
         "decoding",
         "expected_tokens",
         "kv_reserved",
@@ -153,7 +155,7 @@ class ReplicaState:
         "spec",
         "step",
         "step_began_s",
-        "step_ends_s",
+        "step_s",
         "turns",
         "unloaded",
         "up",
@@ -185,7 +187,9 @@ class ReplicaState:
         self.slow_steps = 0
         self.turns: list[list[Sequence]] = []
         self.step: RunStep | None = None
-        self.step_began_s = self.step_ends_s = float("-inf")
+        self.step_began_s = float("-inf")
+        self.step_s = 0.0
+        self.cut = False
         self.answered = 0
         self.answered_s = float("-inf")
         self.prefilling: list[Sequence] = []
