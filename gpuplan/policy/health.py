@@ -34,8 +34,9 @@ def record(
 def step_done(
     model: ModelState, replica: ReplicaState, step: RunStep, steps: int, now_s: float, actions: list[Action]
 ) -> None:
-    """A step has run, so many times in a row. Tells the replica's pace and limit, and its breaker when it was too slow. To be called before
-    what came of its requests is recorded: of one that has opened meanwhile they say nothing, of the model they do."""
+    """A step has run, so many times in a row. Tells the replica's pace and limit, and its breaker when it was too slow.
+    To be called before what came of its requests is recorded: of one that has opened meanwhile they say nothing, of the
+    model they do."""
     seconds = (now_s - replica.step_began_s) / steps
     expected_s = replica.pace.ran(step.load, seconds, steps)
     carried = len(step.prefills) + len(step.decodes)
