@@ -55,6 +55,7 @@ from gpuplan.policy.vocabulary import (
 )
 from gpuplan.scenario.deployment import Deployment, Replica, role
 
+NEVER = float("inf")
 RETURN_S = 1.0
 """How long a replica that was lost is first taken to be away: a guess, doubled by the time that it is late."""
 
@@ -126,24 +127,22 @@ class ServingCore:
     def next_timer_s(self) -> float | None:
         """When to call `handle(Wake())` if nothing happens before: an idle replica's batch falls due, a deadline
         passes, a breaker is to be tried, or it is time to look whether replicas should come or go."""
-        return min(self._timers_s(), default=None)
-
-    def _timers_s(self) -> Iterator[float]:
-        while self._deadlines and not self._awaits_deadline(*self._deadlines[0]):
+        while self._deadlines and not self._awaits_deadline(self._deadlines[0][0], self._deadlines[0][1]):
             heapq.heappop(self._deadlines)
-        if self._deadlines:
-            yield self._deadlines[0][0]
+        first_s = self._deadlines[0][0] if self._deadlines else NEVER
         if self._scaling.next_look_s is not None and not self._draining:
-            yield self._scaling.next_look_s
+            first_s = min(first_s, self._scaling.next_look_s)
         for model in self._models.values():
             if (due_s := model.breaker.due_s()) is not None:
-                yield due_s
+                first_s = min(first_s, due_s)
+            waits = model.waiting > 0 and not model.decoder
             for replica in model.replicas:
                 if (due_s := replica.breaker.due_s()) is not None:
-                    yield due_s
-                head = replica.line.head() if model.waiting and not model.decoder and replica.idle else None
+                    first_s = min(first_s, due_s)
+                head = replica.line.head() if waits and replica.idle else None
                 if head is not None and replica.has_room_for(head):
-                    yield batching.batch_due_s(model, replica, head)
+                    first_s = min(first_s, batching.batch_due_s(model, replica, head))
+        return first_s if first_s < NEVER else None
 
     @property
     def at_the_door(self) -> int:

@@ -11,7 +11,6 @@ step's time divides among its parts; then the drift is what measures, and until 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
 
 from gpuplan.hardware.catalog import Gpu
 from gpuplan.hardware.profiles import Profile
@@ -28,13 +27,16 @@ OUTLIER = 3.0
 change shows in the next steps too."""
 
 
-class StepLine(NamedTuple):
+class StepLine:
     """Seconds of a step: fixed, and for each prompt token, each decoding sequence, and each token of their context."""
 
-    fixed: float
-    prompt_token: float
-    decode: float
-    context_token: float
+    __slots__ = ("context_token", "decode", "fixed", "prompt_token")
+
+    def __init__(self, fixed: float, prompt_token: float, decode: float, context_token: float) -> None:
+        self.fixed = fixed
+        self.prompt_token = prompt_token
+        self.decode = decode
+        self.context_token = context_token
 
 
 GUESS = StepLine(8.0, 1.0, 4.0, 0.0)

@@ -66,7 +66,7 @@ class Columns(Sequence[ScheduledRequest]):
     @classmethod
     def of(cls, requests: Iterable[ScheduledRequest]) -> Columns:
         """These requests, which have to be numbered from 0 in their order."""
-        if isinstance(requests, cls):
+        if isinstance(requests, Columns):
             return requests
         kinds: dict[tuple[str, str], int] = {}
         columns = cls(())
