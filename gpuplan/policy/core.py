@@ -23,7 +23,7 @@ from gpuplan.policy.admission import Gate, refusal
 from gpuplan.policy.breaker import Breaker
 from gpuplan.policy.concurrency import ConcurrencyLimit
 from gpuplan.policy.cost import pace_of
-from gpuplan.policy.dispatch import ByCompletion, Dispatcher
+from gpuplan.policy.dispatch import Dispatcher
 from gpuplan.policy.line import Line
 from gpuplan.policy.retries import RetryBudget
 from gpuplan.policy.scaling import Scaling
@@ -61,13 +61,16 @@ RETURN_S = 1.0
 
 
 class ServingCore:
-    """The decisions for one deployment. Not thread-safe: one driver, one event at a time, time never backwards. A
-    driver that can run a step several times in a row says how often at most (`steps_max`); what such steps tell of
-    their replica's speed is heard when the last one is over."""
+    """The decisions for one deployment. Not thread-safe: one driver, one event at a time, time never backwards.
+
+    A driver that can run a step several times in a row says how often at most (`steps_max`); what such steps tell of
+    their replica's speed is heard when the last one is over. A `dispatcher` places requests otherwise than `dispatch`
+    does, for comparisons.
+    """
 
     def __init__(self, deployment: Deployment, *, dispatcher: Dispatcher | None = None, steps_max: int = 1) -> None:
         self._deployment = deployment
-        self._dispatcher = dispatcher or ByCompletion()
+        self._dispatcher = dispatcher
         self._steps_max = steps_max
         self._models = {
             name: ModelState(
@@ -94,10 +97,8 @@ class ServingCore:
         self._steps = 0
         self._draining = False
         self._now_s = float("-inf")
-        self._doors: dict[type, Callable[[Any, list[Action]], ModelState | None]] = {
+        self._doors: dict[type, Callable[[Any, list[Action]], ModelState | None]] = {  # for what comes seldom
             Knock: self._knock,
-            Arrive: self._arrive,
-            StepDone: self._step_done,
             StepFailed: self._step_failed,
             Cancel: self._cancel,
             ReplicaUp: self._replica_up,
@@ -117,7 +118,13 @@ class ServingCore:
             for model in self._models.values():
                 self._start_steps(model, actions)
         else:
-            touched = self._doors[type(event)](event, actions)
+            kind = type(event)
+            if kind is StepDone:
+                touched = self._step_done(event, actions)  # type: ignore[arg-type]
+            elif kind is Arrive:
+                touched = self._arrive(event, actions)  # type: ignore[arg-type]
+            else:
+                touched = self._doors[kind](event, actions)
             if touched is not None:
                 self._start_steps(touched, actions)
                 if touched.retiring:
@@ -265,7 +272,12 @@ class ServingCore:
             # Never while a replica has nothing to do and could start it at once.
             free = next((r for r in _free(model) if r.has_room_for(s)), None)
             return free or refusal(s.request_id, "queue_full", model.drain.wait_s(model.waiting))
-        return self._dispatcher.chosen(model, s, now_s=self._now_s) or health.circuit_open(model, s, self._now_s)
+        return self._chosen(model, s) or health.circuit_open(model, s, self._now_s)
+
+    def _chosen(self, model: ModelState, s: Sequence) -> ReplicaState | None:
+        if self._dispatcher is not None:
+            return self._dispatcher.chosen(model, s, now_s=self._now_s)
+        return dispatch.chosen(model, s, self._now_s)
 
     def _assign(
         self, replica: ReplicaState, s: Sequence, expected_s: float, actions: list[Action], taken_from: str = ""
@@ -284,7 +296,7 @@ class ServingCore:
             self._place_again(s, replica, actions)
 
     def _place_again(self, s: Sequence, came_from: ReplicaState, actions: list[Action]) -> None:
-        home = self._dispatcher.chosen(s.model, s, now_s=self._now_s)
+        home = self._chosen(s.model, s)
         if home is None:  # nobody welcomes it: it waits for one that will be tried again
             home = next((r for r in s.model.replicas if r.available and r.could_hold(s)), None)
         if home is None:
@@ -544,7 +556,9 @@ class ServingCore:
 
     def _steal(self, model: ModelState, replica: ReplicaState, actions: list[Action]) -> None:
         """Takes over what would be answered later where it waits, as long as there is room."""
-        while self._dispatcher.steals and (s := dispatch.to_steal(model, replica, now_s=self._now_s)) is not None:
+        if self._dispatcher is not None and not self._dispatcher.steals:
+            return
+        while (s := dispatch.to_steal(model, replica, now_s=self._now_s)) is not None:
             if not model.decoder and _suspected(replica, s):
                 return
             home = s.home

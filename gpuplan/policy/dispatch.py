@@ -35,31 +35,28 @@ worth it is a replica left without work."""
 
 
 class Dispatcher(Protocol):
-    """How the core places what has come. `chosen` gives None where no replica may take it."""
+    """Other rules than these, for comparisons. `chosen` gives None where no replica may take it; `steals`: whether an
+    idle replica takes over what waits for another."""
 
     steals: bool
 
     def chosen(self, model: ModelState, s: Sequence, *, now_s: float) -> ReplicaState | None: ...
 
 
-class ByCompletion:
-    """The rules above."""
-
-    steals = True
-
-    def chosen(self, model: ModelState, s: Sequence, *, now_s: float) -> ReplicaState | None:
-        fit = [r for r in model.replicas if r.welcomes and r.could_hold(s)]
-        if len(fit) < 2:
-            return fit[0] if fit else None
-        if len(fit) > MANY:
-            fit = _two_of(fit, s.request_id)
-        best = fit[0]
-        least, taken = _score(best, s, now_s), best.running + len(best.line)
-        for replica in fit[1:]:
-            score = _score(replica, s, now_s)
-            if score < least or (score == least and replica.running + len(replica.line) < taken):
-                best, least, taken = replica, score, replica.running + len(replica.line)
-        return best
+def chosen(model: ModelState, s: Sequence, now_s: float) -> ReplicaState | None:
+    """The replica that a sequence is to wait for; None where none may take it."""
+    fit = [r for r in model.replicas if r.welcomes and r.could_hold(s)]
+    if len(fit) < 2:
+        return fit[0] if fit else None
+    if len(fit) > MANY:
+        fit = _two_of(fit, s.request_id)
+    best = fit[0]
+    least, taken = _score(best, s, now_s), best.running + len(best.line)
+    for replica in fit[1:]:
+        score = _score(replica, s, now_s)
+        if score < least or (score == least and replica.running + len(replica.line) < taken):
+            best, least, taken = replica, score, replica.running + len(replica.line)
+    return best
 
 
 class Expected:

@@ -37,11 +37,12 @@ from gpuplan.policy.vocabulary import (
     StopReplica,
     Wake,
 )
-from gpuplan.scenario.deployment import Deployment
+from gpuplan.scenario.deployment import Deployment, Replica
 from gpuplan.scenario.schedule import Columns
 from gpuplan.sim.clock import StepClock
 from gpuplan.sim.faults import Injection
 from gpuplan.sim.service_times import ServiceTimes
+from gpuplan.sim.tally import Tally
 
 NEVER = float("inf")
 
@@ -58,9 +59,29 @@ class Sampler(Protocol):
     def passed(self, now_s: float) -> None: ...
 
 
+class _Station:
+    """One replica: how long its steps take and whether they fit, the step that runs since `began_s`, and its end."""
+
+    __slots__ = ("befalls", "began_s", "clock", "costs", "end", "step")
+
+    def __init__(
+        self, deployment: Deployment, replica: Replica, service_times: ServiceTimes, faults: Injection, seed: int
+    ) -> None:
+        mean_s, ratios = service_times.timer(deployment, replica), service_times.ratios(deployment, replica)
+        self.clock = StepClock(mean_s, ratios, f"{seed}/steps/{replica.id}")
+        self.costs = step_costs(deployment, replica)
+        self.befalls = faults.befalls(replica.id)
+        self.step: RunStep | None = None
+        self.end: StepDone | StepFailed | None = None
+        self.began_s = 0.0
+
+
 class Simulation:
-    """A deployment on virtual time, which starts at 0. The `sampler` hears of each event before it is handled.
-    `steps_max`: how often in a row a step may run without the observers' being told of each."""
+    """A deployment on virtual time, which starts at 0.
+
+    The `sampler` hears of each event before it is handled; the `tally` is one more observer, called directly.
+    `steps_max`: how often in a row a step may run without the observers' being told of each.
+    """
 
     def __init__(
         self,
@@ -69,6 +90,7 @@ class Simulation:
         observers: Sequence[Observer],
         *,
         seed: int,
+        tally: Tally | None = None,
         sampler: Sampler | None = None,
         dispatcher: Dispatcher | None = None,
         steps_max: int = 1,
@@ -77,20 +99,13 @@ class Simulation:
         self.now_s = 0.0
         self.faults = Injection(deployment)
         self._core = ServingCore(deployment, dispatcher=dispatcher, steps_max=steps_max)
-        self._observers, self._sampler = list(observers), sampler
-        self._clocks = {
-            r.id: StepClock(
-                service_times.timer(deployment, r), service_times.ratios(deployment, r), f"{seed}/steps/{r.id}"
-            )
-            for r in every
-        }
-        self._costs = {r.id: step_costs(deployment, r) for r in every}
+        self._observers, self._tally, self._sampler = list(observers), tally, sampler
+        self._stations = {r.id: _Station(deployment, r, service_times, self.faults, seed) for r in every}
         self._links = random.Random(f"{seed}/uplink")  # noqa: S311 - not for secrets
         self._uplink_s = service_times.uplink_s
         self._cold_start_s = deployment.autoscale.cold_start
         self._ends: list[tuple[float, int, StepDone | StepFailed]] = []  # a heap: steps that run, and when they end
         self._number = 0
-        self._running: dict[str, tuple[RunStep, float, StepDone | StepFailed]] = {}  # and when it began, and its end
         self._coming: list[tuple[float, str]] = []  # a heap: replicas that are being started, and when they serve
         self._leaving: list[tuple[float, int]] = []  # a heap: clients that hang up if they still wait, and when
         self._impatient: set[int] = set()  # those of them that still wait
@@ -147,7 +162,8 @@ class Simulation:
         if requests.abandon_s and (after_s := requests.abandon_s.get(number)) is not None:
             heapq.heappush(self._leaving, (now_s + after_s, number))
             self._impatient.add(number)
-        self._feed(Arrive(number, model, prompt, output, str(number), traffic_class), now_s)
+        client_id = str(number) if self._observers else ""
+        self._feed(Arrive(number, model, prompt, output, client_id, traffic_class), now_s)
 
     # --- what seldom happens --------------------------------------------------------------------------------------
 
@@ -168,7 +184,7 @@ class Simulation:
         elif self.faults.next_s == now_s:
             event = self.faults.pop()
             if type(event) is ReplicaDown:  # what ran there never ends
-                self._running.pop(event.replica_id, None)
+                self._stations[event.replica_id].end = None
             if event is not None:
                 self._feed(event, now_s)
         else:
@@ -181,6 +197,8 @@ class Simulation:
             self._sampler.passed(now_s)
         self.now_s = now_s
         actions = self._core.handle(event, now_s=now_s)
+        if self._tally is not None:
+            self._tally.decided(event, actions, now_s=now_s)
         for observer in self._observers:
             observer.decided(event, actions, now_s=now_s)
         for action in actions:
@@ -197,41 +215,43 @@ class Simulation:
                 self._impatient.discard(action.request_id)  # type: ignore[union-attr]
 
     def _start(self, step: RunStep, now_s: float) -> None:
-        costs, seconds, replica_id = self._costs[step.replica_id], 0.0, step.replica_id
+        replica_id, seconds = step.replica_id, 0.0
+        station = self._stations[replica_id]
         event: StepDone | StepFailed | None
-        if costs is not None and not costs.fits(step.load):
+        if station.costs is not None and not station.costs.fits(step.load):
             event = StepFailed(replica_id, step.step_id, OUT_OF_MEMORY)
-        elif self.faults.befalls(replica_id):
-            event, seconds = StepDone(replica_id, step.step_id), self._clocks[replica_id].begin(step.load, 1)
         else:
-            event = StepDone(replica_id, step.step_id, steps=step.steps)
-            seconds = self._clocks[replica_id].begin(step.load, step.steps)
-        if self.faults.befalls(replica_id):
+            steps = 1 if station.befalls else step.steps
+            seconds = station.clock.begin(step.load, steps)
+            event = StepDone(replica_id, step.step_id) if steps == 1 else _done(step, steps)
+        if station.befalls:
             event, seconds = self.faults.befall(step, event, seconds, now_s)
+        station.step, station.began_s, station.end = step, now_s, event
         if event is not None:
-            self._ends_at(now_s + seconds, step, event, now_s)
+            self._ends_at(now_s + seconds, event)
 
     def _cut(self, cut: Cut, now_s: float) -> None:
-        running = self._running.get(cut.replica_id)
-        if running is None:
-            return  # it hangs
-        step, began_s, event = running
-        if type(event) is StepDone and event.steps > 1:
-            steps, seconds = self._clocks[cut.replica_id].cut(now_s - began_s)
-            if steps < event.steps:
-                end_s = max(began_s + seconds, now_s)
-                self._ends_at(end_s, step, StepDone(cut.replica_id, step.step_id, steps=steps), began_s)
+        station = self._stations[cut.replica_id]
+        step, end = station.step, station.end
+        if step is not None and type(end) is StepDone and end.steps > 1:
+            steps, seconds = station.clock.cut(now_s - station.began_s)
+            if steps < end.steps:
+                station.end = end = _done(step, steps)
+                self._ends_at(max(station.began_s + seconds, now_s), end)
 
-    def _ends_at(self, end_s: float, step: RunStep, event: StepDone | StepFailed, began_s: float) -> None:
-        self._running[step.replica_id] = (step, began_s, event)
+    def _ends_at(self, end_s: float, event: StepDone | StepFailed) -> None:
         self._number += 1
         heapq.heappush(self._ends, (end_s, self._number, event))
 
     def _step_over(self, event: StepDone | StepFailed, now_s: float) -> None:
         """The end of a step, if it has not been cut short or lost with its replica."""
-        running = self._running.get(event.replica_id)
-        if running is not None and running[2] is event:
-            del self._running[event.replica_id]
+        station = self._stations[event.replica_id]
+        if station.end is event:
+            station.end = None
             if type(event) is StepDone:
-                self._clocks[event.replica_id].ran(event.steps)
+                station.clock.ran(event.steps)
             self._feed(event, now_s)
+
+
+def _done(step: RunStep, steps: int) -> StepDone:
+    return StepDone(step.replica_id, step.step_id, steps=steps)

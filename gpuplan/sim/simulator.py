@@ -50,19 +50,19 @@ def simulate(
     requests = Columns.of(schedule.requests)
     downlink = random.Random(f"{seed}/downlink")  # noqa: S311 - not for secrets
     downlinks_s = downlink.choices(service_times.downlink_s, k=len(requests))
-    tally, recorder, cards = None, None, None
+    tally, recorder, cards, observers = None, None, None, list[Observer]()
     if keep_rows:
         recorder = Recorder(deployment, keep_tokens=True, keep_decisions=keep_decisions)
         cards = _Cards(deployment, recorder) if keep_telemetry else None
-        observers: list[Observer] = [recorder, cards] if cards is not None else [recorder]
+        observers = [recorder, cards] if cards is not None else [recorder]
     else:
         tally = Tally(deployment, requests, since_s=scenario.warmup)
-        observers = [tally]
     simulation = Simulation(
         deployment,
         service_times,
         observers,
         seed=seed,
+        tally=tally,
         sampler=cards,
         dispatcher=dispatcher,
         steps_max=1 if keep_rows else STEPS_MAX,
