@@ -132,14 +132,22 @@ class StepCosts:
 
     `processes` busy ones share the slice (MPS), this model's among them: each has its share of the SMs and of the
     bandwidth while it computes, and all of the time in which another launches. Neighbours are taken to be busy.
+    `overhead_s` is what the engine adds to every step (`engines`).
     """
 
     def __init__(
-        self, model: ModelShape, card: Gpu, part: Profile, *, tensor_parallel: int = 1, processes: int = 1
+        self,
+        model: ModelShape,
+        card: Gpu,
+        part: Profile,
+        *,
+        tensor_parallel: int = 1,
+        processes: int = 1,
+        overhead_s: float = STEP_OVERHEAD_S,
     ) -> None:
         share = (1 - slices.neighbour_loss(card, part)) / processes
         sms, cells = share * part.sm_count / card.sm_count, share * part.width / part.cells
-        self._model, self._part = model, part
+        self._model, self._part, self._overhead_s = model, part, overhead_s
         self._ways, self._processes, self._link_bytes_per_s = tensor_parallel, processes, card.link_bytes_per_s
         self._architecture = CONSTANTS.get(card.architecture, UNMEASURED)
         self._flops_per_s = card.flops.at(model.bytes_per_element) * sms
@@ -199,7 +207,7 @@ class StepCosts:
         """Seconds of one step. Never less for more work."""
         tokens = load.tokens
         if tokens == 0:
-            return STEP_OVERHEAD_S
+            return self._overhead_s
         by_tokens_s = self._by_tokens_s.get(tokens)
         if by_tokens_s is None:
             by_tokens_s = (
@@ -207,7 +215,7 @@ class StepCosts:
             )
             self._by_tokens_s[tokens] = by_tokens_s
         layers_s = self._model.layers * (by_tokens_s + self.attention_layer_s(load))
-        return layers_s + self._head_s(load.samples) + STEP_OVERHEAD_S
+        return layers_s + self._head_s(load.samples) + self._overhead_s
 
     def linear_layer_s(self, tokens: int) -> float:
         """Seconds of one layer's four linear operators: QKV, attention output, and the FFN's up and down."""
