@@ -23,7 +23,8 @@ from gpuplan.scenario.deployment import role, window_of
 @dataclass(frozen=True, slots=True)
 class ScheduledRequest:
     """A request due at `scheduled_s` after the start. `output_tokens` is 0 for a model that streams none. Its client
-    hangs up `abandon_s` after it was sent; None for one that waits."""
+    hangs up `abandon_s` after it was sent; None for one that waits. `spans` are the parts that its prompt begins with
+    as others of the class do: a name and its tokens each."""
 
     index: int
     scheduled_s: float
@@ -32,6 +33,7 @@ class ScheduledRequest:
     prompt_tokens: int
     output_tokens: int
     abandon_s: float | None = None
+    spans: tuple[tuple[str, int], ...] = ()
 
 
 REQUESTS_MAX = 5_000_000
@@ -52,13 +54,14 @@ def build_schedule(scenario: Scenario, *, rate_scale: float = 1.0, speed: float 
 
     `speed` replays traces faster without touching the other processes.
     """
-    rows: list[tuple[float, int, int, int, float | None]] = []
+    rows: list[tuple[float, int, int, int, float | None, tuple[tuple[str, int], ...]]] = []
     clipped = 0
     for order, traffic in enumerate(scenario.traffic):
         source = scenario.models[traffic.model]
         window = window_of(source)
         decoder = role(source) == "decoder"
         leavers = random.Random(f"{scenario.seed}/{traffic.name}/abandon")  # noqa: S311 - not for secrets
+        groups = random.Random(f"{scenario.seed}/{traffic.name}/prefix")  # noqa: S311 - not for secrets
         for time_s, prompt, output in _requests(scenario, traffic, rate_scale, speed):
             output = output if decoder else 0
             if prompt + output > window:
@@ -66,7 +69,8 @@ def build_schedule(scenario: Scenario, *, rate_scale: float = 1.0, speed: float 
                 prompt = min(prompt, window - 1 if decoder else window)
                 output = min(output, window - prompt)
             leaves = traffic.abandon is not None and leavers.random() < traffic.abandon.share
-            rows.append((time_s, order, prompt, output, traffic.abandon.after if leaves and traffic.abandon else None))
+            abandon_s = traffic.abandon.after if leaves and traffic.abandon else None
+            rows.append((time_s, order, prompt, output, abandon_s, _spans(traffic, prompt, groups)))
             if len(rows) > REQUESTS_MAX:
                 raise InputError(
                     "too many requests for one run",
@@ -76,8 +80,8 @@ def build_schedule(scenario: Scenario, *, rate_scale: float = 1.0, speed: float 
     rows.sort(key=lambda row: (row[0], row[1]))
     classes = scenario.traffic
     requests = tuple(
-        ScheduledRequest(i, time_s, classes[order].name, classes[order].model, prompt, output, abandon_s)
-        for i, (time_s, order, prompt, output, abandon_s) in enumerate(rows)
+        ScheduledRequest(i, time_s, classes[order].name, classes[order].model, prompt, output, abandon_s, spans)
+        for i, (time_s, order, prompt, output, abandon_s, spans) in enumerate(rows)
     )
     return Schedule(requests, scenario.duration, clipped)
 
@@ -97,6 +101,18 @@ def _requests(
         return
     for time_s in _arrivals(traffic.arrivals, scenario, traffic.name, rate_scale):
         yield time_s, draw(traffic.prompt_tokens, lengths), draw(traffic.output_tokens, lengths)
+
+
+def _spans(traffic: TrafficClass, prompt_tokens: int, rng: random.Random) -> tuple[tuple[str, int], ...]:
+    """What the prompt has in common with others of its class."""
+    prefix = traffic.shared_prefix
+    if prefix is None or (prefix.share < 1 and rng.random() >= prefix.share):
+        return ()
+    group = f"{traffic.name}/{rng.randrange(prefix.groups)}"
+    shared = min(prefix.tokens, prompt_tokens)
+    if prefix.prompts_per_group is None or shared == prompt_tokens:
+        return ((group, shared),)
+    return ((group, shared), (f"{group}/{rng.randrange(prefix.prompts_per_group)}", prompt_tokens - shared))
 
 
 def _arrivals(
