@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from gpuplan.hardware.catalog import Gpu
+from gpuplan.hardware.engines import EngineName, step_overhead_s
 from gpuplan.hardware.profiles import Profile
 from gpuplan.hardware.roofline import StepCosts, StepLoad
 from gpuplan.hardware.shapes import ModelShape
@@ -137,12 +138,13 @@ def step_costs(deployment: Deployment, replica: Replica) -> StepCosts | None:
     shape, card, part = shape_of(deployment.models[replica.model]), deployment.gpu, replica.slice.profile
     if shape is None or card is None or part is None:
         return None
-    return _costs_of(shape, card, part, replica.processes)
+    return _costs_of(shape, card, part, replica.processes, replica.tensor_parallel, deployment.engine.name)
 
 
 @lru_cache(maxsize=1024)
-def _costs_of(shape: ModelShape, card: Gpu, part: Profile, processes: int) -> StepCosts:
-    return StepCosts(shape, card, part, processes=processes)
+def _costs_of(shape: ModelShape, card: Gpu, part: Profile, processes: int, ways: int, engine: EngineName) -> StepCosts:
+    overhead_s = step_overhead_s(engine if shape.role == "decoder" else "gpuplan", shape, card)
+    return StepCosts(shape, card, part, tensor_parallel=ways, processes=processes, overhead_s=overhead_s)
 
 
 @lru_cache(maxsize=1024)
