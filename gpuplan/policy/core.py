@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from gpuplan.policy import admission, batching, dispatch, failures, health
+from gpuplan.policy import admission, batching, dispatch, failures, health, paging
 from gpuplan.policy.admission import Gate, refusal
 from gpuplan.policy.breaker import Breaker
 from gpuplan.policy.concurrency import ConcurrencyLimit
@@ -229,6 +229,7 @@ class ServingCore:
             event.output_tokens,
             self._now_s,
             deadline_s=None if patience_s is None else self._now_s + patience_s,
+            spans=event.spans,
         )
         self._scaling.asked_for(s, self._now_s, actions)
         home = self._home(model, s)
@@ -412,6 +413,8 @@ class ServingCore:
                 self._place_again(s, replica, actions)
             else:
                 self._fail([s], "replica_lost", actions)
+        if replica.blocks is not None:
+            replica.blocks.forget()
         self._move(replica, actions)
         return model
 
@@ -462,6 +465,8 @@ class ServingCore:
             limit=ConcurrencyLimit(rule.max_batch_size, target_step_s=rule.step_time_target),
             breaker=Breaker(spec.id, self._deployment.breakers),
             phase=phase,
+            blocks=paging.blocks_of(self._deployment, spec),
+            schedules_ahead=self._deployment.engine.schedules_ahead,
         )
         self._replicas[spec.id], self._model_of[spec.id] = state, model
         model.replicas.append(state)
@@ -507,6 +512,9 @@ class ServingCore:
                     self._start_batch(model, replica, actions)
 
     def _start_iteration(self, model: ModelState, replica: ReplicaState, actions: list[Action]) -> None:
+        if replica.blocks is not None:
+            for s in paging.make_room(replica):
+                replica.wait(s)
         while (head := replica.line.head()) is not None and replica.has_room_for(head):
             replica.take(head)
         if model.waiting and head is None:
@@ -586,7 +594,8 @@ class ServingCore:
             leaving = sum(r.retiring and not r.unloaded for r in model.replicas)
             assert leaving == model.retiring, "who is to go is counted"
             assert len(line) == model.waiting == sum(len(r.line) for r in model.replicas), "who waits is counted"
-            assert model.waiting <= model.batching.max_queue_size + idle, "queues are bounded"
+            back = sum(r.blocks is not None for r in model.replicas) * model.batching.max_batch_size
+            assert model.waiting <= model.batching.max_queue_size + idle + back, "queues are bounded"
             assert all(s.replica is None and s.emitted == 0 for s in line), "what waits has not started"
             seen += line
             for replica in model.replicas:
@@ -597,7 +606,12 @@ class ServingCore:
                 )
                 assert replica.available or not len(replica.line), "nobody waits for a replica that does not come"
                 assert replica.running <= model.batching.max_batch_size, "batches are bounded"
-                assert replica.kv_reserved == sum(s.kv_tokens for s in mine), "KV cache is accounted for"
+                if replica.blocks is None:
+                    assert replica.kv_reserved == sum(s.kv_tokens for s in mine), "KV cache is accounted for"
+                else:
+                    replica.blocks.check()
+                    held = replica.blocks.held * replica.blocks.block_size
+                    assert replica.kv_reserved == held, "blocks are accounted for"
                 limit = replica.spec.kv_tokens_max
                 assert limit is None or replica.kv_reserved <= limit, "KV cache fits"
                 context = sum(s.prompt_tokens + s.emitted for s in replica.decoding)

@@ -10,6 +10,7 @@ from typing import Literal
 from gpuplan.policy.breaker import Breaker
 from gpuplan.policy.concurrency import ConcurrencyLimit
 from gpuplan.policy.cost import Outputs, Pace
+from gpuplan.policy.kv_blocks import KvBlocks, Span
 from gpuplan.policy.line import Entry, Line
 from gpuplan.policy.rate_limits import RateLimiter
 from gpuplan.policy.vocabulary import RunStep
@@ -76,6 +77,7 @@ class Sequence:
         "prompt_tokens",
         "replica",
         "request_id",
+        "spans",
         "traffic",
         "work_s",
     )
@@ -90,6 +92,7 @@ class Sequence:
         arrived_s: float,
         *,
         deadline_s: float | None = None,
+        spans: tuple[Span, ...] = (),
     ) -> None:
         self.request_id = request_id
         self.model = model
@@ -98,6 +101,7 @@ class Sequence:
         self.output_tokens = output_tokens
         self.arrived_s = arrived_s
         self.deadline_s = deadline_s
+        self.spans = spans
         self.limiters: tuple[RateLimiter, ...] = ()
         self.priority = traffic.spec.priority
         self.expected_tokens = model.outputs_of(traffic).expected(output_tokens)
@@ -126,12 +130,14 @@ class ReplicaState:
 
     `turns` are groups that run one after the other, the last one first, before everybody runs together again: the
     halves of a step that failed. `slow_steps` counts those in a row that took much longer than a neighbour's would.
-    `answered` is how many requests its last step answered, at `answered_s`.
+    `answered` is how many requests its last step answered, at `answered_s`. Where KV cache is kept in `blocks`, it is
+    taken as contexts grow, and `kv_reserved` is what they hold; elsewhere it is reserved whole.
     """
 
     __slots__ = (
         "answered",
         "answered_s",
+        "blocks",
         "breaker",
         "cancelled",
         "context_tokens",
@@ -149,6 +155,7 @@ class ReplicaState:
         "ready_s",
         "retiring",
         "returning",
+        "schedules_ahead",
         "slow_steps",
         "spec",
         "step",
@@ -170,6 +177,8 @@ class ReplicaState:
         limit: ConcurrencyLimit,
         breaker: Breaker,
         phase: Phase,
+        blocks: KvBlocks | None = None,
+        schedules_ahead: bool = False,
     ) -> None:
         self.spec = spec
         self.order = order
@@ -180,6 +189,8 @@ class ReplicaState:
         self.limit = limit
         self.breaker = breaker
         self.phase = phase
+        self.blocks = blocks
+        self.schedules_ahead = schedules_ahead
         self.up = self.returning = self.retiring = self.unloaded = False
         self.ready_s = float("-inf")
         self.slow_steps = 0
@@ -237,6 +248,12 @@ class ReplicaState:
         """A place in the batch and KV cache for all of it: an admitted sequence never runs out of memory."""
         if not self.up or self.retiring or self.running >= self.limit.limit or not self.breaker.allows():
             return False
+        if self.schedules_ahead and self.running and sequence.arrived_s > self.step_began_s:
+            return False  # the step that follows was put together before it came
+        if self.blocks is not None:
+            if len(self.place) > 1 and sequence.prompt_tokens > self.kv_free():
+                return False
+            return self.blocks.fits(sequence.request_id, sequence.spans, sequence.prompt_tokens)
         limit = self.spec.kv_tokens_max
         if limit is None:
             return True
@@ -270,8 +287,13 @@ class ReplicaState:
         self.wait_no_longer(sequence)
         sequence.replica = self
         self.prefilling.append(sequence)
-        self.kv_reserved += sequence.kv_tokens
-        self.prompts_left += sequence.prompt_tokens
+        blocks = self.blocks
+        if blocks is None:
+            self.kv_reserved += sequence.kv_tokens
+        else:
+            sequence.prefilled = blocks.admit(sequence.request_id, sequence.spans, sequence.prompt_tokens)
+            self.kv_reserved = blocks.held * blocks.block_size
+        self.prompts_left += sequence.prompt_tokens - sequence.prefilled
         self.expected_tokens += sequence.expected_tokens
         self.breaker.probe_sent()
 
@@ -283,7 +305,12 @@ class ReplicaState:
         else:
             self.prefilling.remove(sequence)
             self.prompts_left -= sequence.prompt_tokens - sequence.prefilled
-        self.kv_reserved -= sequence.kv_tokens
+        blocks = self.blocks
+        if blocks is None:
+            self.kv_reserved -= sequence.kv_tokens
+        else:
+            blocks.let_go(sequence.request_id)
+            self.kv_reserved = blocks.held * blocks.block_size
         self.expected_tokens -= sequence.expected_tokens
 
 
