@@ -37,6 +37,9 @@ FIGURES = (
     "ttft_p90_ms",
     "ttft_p99_ms",
 )
+PROMPTS = {"groups": 10, "prompts_per_group": 10}
+"""What inference-perf sends by default (`shared_prefix`): a hundred prompts, over and over, so that all but the end of
+each is cached. One of the runs published its configuration, in which the numbers asked for were not heeded."""
 SHAPES = {
     "meta-llama/Llama-3.1-70B-Instruct": {"emulate": "llama-3.1-70b"},
     "meta-llama/Llama-2-7b-hf": {"emulate": "llama-2-7b"},
@@ -91,17 +94,19 @@ def scenario_of(row: Row, rate: float, duration_s: float, seed: int) -> Scenario
                 "arrivals": {"process": "poisson", "rate": rate},
                 "prompt_tokens": int(row["prompt_tokens"]),
                 "output_tokens": int(row["output_tokens"]),
+                "shared_prefix": {"tokens": int(row["of_which_shared_prefix_tokens"]), **PROMPTS},
             }
         ],
         "deployment": {
             "gpu": row["gpu"].lower(),
+            "count": int(row["tensor_parallel"]),
             "replicas": [{"model": "model"}],
-            "batching": {
-                "model": {
-                    "max_batch_size": int(row["max_num_seqs"]),
-                    "max_batch_tokens": int(row["max_num_batched_tokens"]),
-                    "max_queue_size": 1_000_000,
-                }
+            "engine": {
+                "kind": "vllm",
+                "max_num_seqs": int(row["max_num_seqs"]),
+                "max_num_batched_tokens": int(row["max_num_batched_tokens"]),
+                "num_gpu_blocks_override": int(row["kv_blocks_of_16_tokens"]),
+                "tensor_parallel_size": int(row["tensor_parallel"]),
             },
         },
     }

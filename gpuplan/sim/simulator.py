@@ -113,7 +113,7 @@ class _Simulation:
         self._coming: list[tuple[float, str]] = []  # a heap: replicas that are being started, and when they serve
         self._leaving: list[tuple[float, int]] = []  # a heap: clients that hang up if they still wait, and when
         self._links = random.Random(f"{seed}/uplink")  # noqa: S311 - not for secrets
-        self._uplink_s = service_times.uplink_s
+        self._uplink_s = service_times.uplinks_s(deployment)
         self._recorder, self._cards = recorder, cards
         self._running: list[tuple[float, int, StepDone | StepFailed]] = []
         self._sample_due_s = 0.0
@@ -154,7 +154,7 @@ class _Simulation:
             elif coming is not None:
                 arrival = Arrive(
                     coming.index, coming.model, coming.prompt_tokens, coming.output_tokens, str(coming.index),
-                    coming.traffic_class,
+                    coming.traffic_class, spans=coming.spans,
                 )  # fmt: skip
                 self._feed(arrival, arrival_s)
                 if coming.abandon_s is not None:
