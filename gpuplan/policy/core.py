@@ -513,8 +513,7 @@ class ServingCore:
 
     def _start_iteration(self, model: ModelState, replica: ReplicaState, actions: list[Action]) -> None:
         if replica.blocks is not None:
-            for s in paging.make_room(replica):
-                replica.wait(s)
+            paging.make_room(replica)
         while (head := replica.line.head()) is not None and replica.has_room_for(head):
             replica.take(head)
         if model.waiting and head is None:
@@ -594,8 +593,7 @@ class ServingCore:
             leaving = sum(r.retiring and not r.unloaded for r in model.replicas)
             assert leaving == model.retiring, "who is to go is counted"
             assert len(line) == model.waiting == sum(len(r.line) for r in model.replicas), "who waits is counted"
-            back = sum(r.blocks is not None for r in model.replicas) * model.batching.max_batch_size
-            assert model.waiting <= model.batching.max_queue_size + idle + back, "queues are bounded"
+            assert model.waiting <= model.batching.max_queue_size + idle, "queues are bounded"
             assert all(s.replica is None and s.emitted == 0 for s in line), "what waits has not started"
             seen += line
             for replica in model.replicas:
@@ -610,6 +608,7 @@ class ServingCore:
                     assert replica.kv_reserved == sum(s.kv_tokens for s in mine), "KV cache is accounted for"
                 else:
                     replica.blocks.check()
+                    assert replica.running or not replica.gave_way, "with all blocks free somebody goes on"
                     held = replica.blocks.held * replica.blocks.block_size
                     assert replica.kv_reserved == held, "blocks are accounted for"
                 limit = replica.spec.kv_tokens_max

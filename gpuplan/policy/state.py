@@ -56,8 +56,8 @@ class ClassState:
 
 class Sequence:
     """One admitted request and how far it has come. `model` is its ModelState. It waits in the line of `home`, or runs
-    on `replica`. `expected_tokens` is how many it will likely generate, `work_s` what it costs there, in seconds. A
-    `probe` finds out whether its model works again."""
+    on `replica`. `expected_tokens` is how many it will likely generate, `work_s` what it costs there, in seconds. One that
+    gave way has its first tokens, so many were `sent`, as part of its prompt. A `probe` finds out whether its model works again."""
 
     __slots__ = (
         "arrived_s",
@@ -77,6 +77,7 @@ class Sequence:
         "prompt_tokens",
         "replica",
         "request_id",
+        "sent",
         "spans",
         "traffic",
         "work_s",
@@ -106,7 +107,7 @@ class Sequence:
         self.priority = traffic.spec.priority
         self.expected_tokens = model.outputs_of(traffic).expected(output_tokens)
         self.prefilled = 0
-        self.emitted = 0
+        self.emitted = self.sent = 0
         self.losses = 0
         self.cancelled = self.probe = False
         self.work_s = 0.0
@@ -131,7 +132,8 @@ class ReplicaState:
     `turns` are groups that run one after the other, the last one first, before everybody runs together again: the
     halves of a step that failed. `slow_steps` counts those in a row that took much longer than a neighbour's would.
     `answered` is how many requests its last step answered, at `answered_s`. Where KV cache is kept in `blocks`, it is
-    taken as contexts grow, and `kv_reserved` is what they hold; elsewhere it is reserved whole.
+    taken as contexts grow, and `kv_reserved` is what they hold; elsewhere it is reserved whole. Those who `gave_way` for
+    lack of blocks hold none, and go on before anybody else starts.
     """
 
     __slots__ = (
@@ -143,6 +145,7 @@ class ReplicaState:
         "context_tokens",
         "decoding",
         "expected_tokens",
+        "gave_way",
         "kv_reserved",
         "limit",
         "line",
@@ -201,6 +204,7 @@ class ReplicaState:
         self.answered_s = float("-inf")
         self.prefilling: list[Sequence] = []
         self.decoding: list[Sequence] = []
+        self.gave_way: list[Sequence] = []
         self.kv_reserved = 0
         self.context_tokens = 0
         self.prompts_left = 0
@@ -238,6 +242,7 @@ class ReplicaState:
     def sequences(self) -> Iterator[Sequence]:
         yield from self.prefilling
         yield from self.decoding
+        yield from self.gave_way
 
     def could_hold(self, sequence: Sequence) -> bool:
         """Its KV cache is large enough for the sequence, were it empty."""
@@ -245,21 +250,28 @@ class ReplicaState:
         return limit is None or sequence.kv_tokens <= limit
 
     def has_room_for(self, sequence: Sequence) -> bool:
-        """A place in the batch and KV cache for all of it: an admitted sequence never runs out of memory."""
+        """A place in the batch and KV cache for all of it, so that it never runs out of memory; where KV cache is kept
+        in blocks, for its prompt."""
         if not self.up or self.retiring or self.running >= self.limit.limit or not self.breaker.allows():
             return False
         if self.schedules_ahead and self.running and sequence.arrived_s > self.step_began_s:
             return False  # the step that follows was put together before it came
         if self.blocks is not None:
-            if len(self.place) > 1 and sequence.prompt_tokens > self.kv_free():
-                return False
-            return self.blocks.fits(sequence.request_id, sequence.spans, sequence.prompt_tokens)
+            return self._has_blocks_for(self.blocks, sequence)
         limit = self.spec.kv_tokens_max
         if limit is None:
             return True
         if len(self.place) == 1:
             return self.kv_reserved + sequence.kv_tokens <= limit
         return sequence.kv_tokens <= self.kv_free()
+
+    def _has_blocks_for(self, blocks: KvBlocks, sequence: Sequence) -> bool:
+        """For its prompt, unless somebody who gave way goes first."""
+        if self.gave_way or not self.could_hold(sequence):
+            return False
+        if len(self.place) > 1 and sequence.prompt_tokens > self.kv_free():
+            return False
+        return blocks.fits(sequence.request_id, sequence.spans, sequence.prompt_tokens)
 
     def kv_free(self) -> int:
         """Tokens of KV cache left in its place, beside what every version there holds and the weights of all but one.
@@ -286,31 +298,45 @@ class ReplicaState:
         """The sequence starts, out of its line."""
         self.wait_no_longer(sequence)
         sequence.replica = self
-        self.prefilling.append(sequence)
-        blocks = self.blocks
-        if blocks is None:
-            self.kv_reserved += sequence.kv_tokens
-        else:
-            sequence.prefilled = blocks.admit(sequence.request_id, sequence.spans, sequence.prompt_tokens)
-            self.kv_reserved = blocks.held * blocks.block_size
-        self.prompts_left += sequence.prompt_tokens - sequence.prefilled
+        self.start(sequence)
         self.expected_tokens += sequence.expected_tokens
         self.breaker.probe_sent()
 
-    def let_go(self, sequence: Sequence) -> None:
-        """The sequence is over here: its place in the batch and its KV cache are free."""
+    def start(self, sequence: Sequence) -> None:
+        """Its prompt is read from here on."""
+        self.prefilling.append(sequence)
+        if self.blocks is None:
+            self.kv_reserved += sequence.kv_tokens
+        else:
+            sequence.prefilled = self.blocks.admit(sequence.request_id, sequence.spans, sequence.prompt_tokens)
+            self.count_blocks()
+        self.prompts_left += sequence.prompt_tokens - sequence.prefilled
+
+    def stop(self, sequence: Sequence) -> None:
+        """It runs no more: its place in the batch and its KV cache are free."""
         if sequence.emitted:
             self.decoding.remove(sequence)
             self.context_tokens -= sequence.prompt_tokens + sequence.emitted
         else:
             self.prefilling.remove(sequence)
             self.prompts_left -= sequence.prompt_tokens - sequence.prefilled
-        blocks = self.blocks
-        if blocks is None:
+        if self.blocks is None:
             self.kv_reserved -= sequence.kv_tokens
         else:
-            blocks.let_go(sequence.request_id)
-            self.kv_reserved = blocks.held * blocks.block_size
+            self.blocks.let_go(sequence.request_id)
+            self.count_blocks()
+
+    def count_blocks(self) -> None:
+        """What is held is what is reserved."""
+        assert self.blocks is not None, "only where there are blocks"
+        self.kv_reserved = self.blocks.held * self.blocks.block_size
+
+    def let_go(self, sequence: Sequence) -> None:
+        """The sequence is over here: its place in the batch and its KV cache are free."""
+        if sequence in self.gave_way:
+            self.gave_way.remove(sequence)
+        else:
+            self.stop(sequence)
         self.expected_tokens -= sequence.expected_tokens
 
 
