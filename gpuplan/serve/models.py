@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from gpuplan.errors import InputError
 from gpuplan.hardware import mig
+from gpuplan.hardware.engines import step_overhead_s
 from gpuplan.scenario.demand import ModelSource
 from gpuplan.scenario.deployment import Deployment, Replica, shape_of, window_of
 from gpuplan.serve import model_files
@@ -41,7 +42,15 @@ def engine_for(
     if card is None or part is None:
         return _worker(replica, deployment, _spec(source, replica, deployment))
     if source.emulated and shape:
-        return EmulatedEngine(shape, card, part, processes=replica.processes)
+        engine = deployment.engine.name if replica.role == "decoder" else "gpuplan"
+        return EmulatedEngine(
+            shape,
+            card,
+            part,
+            processes=replica.processes,
+            tensor_parallel=replica.tensor_parallel,
+            overhead_s=step_overhead_s(engine, shape, card),
+        )
     device = _device(replica, deployment, cards)
     if device is not None:
         spec = _spec(source, replica, deployment, provider=CUDA_PROVIDER, device=device)

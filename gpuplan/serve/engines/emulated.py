@@ -37,11 +37,21 @@ class EmulatedEngine:
     provenance: Provenance = "emulated"
 
     def __init__(
-        self, shape: ModelShape, card: Gpu, part: Profile, answers: Engine | None = None, *, processes: int = 1
+        self,
+        shape: ModelShape,
+        card: Gpu,
+        part: Profile,
+        answers: Engine | None = None,
+        *,
+        processes: int = 1,
+        tensor_parallel: int = 1,
+        overhead_s: float = roofline.STEP_OVERHEAD_S,
     ) -> None:
         self._shape, self._answers = shape, answers
         self._direction = array("f", [1.0, *[0.0] * (shape.hidden - 1)]).tobytes()
-        self._costs = StepCosts(shape, card, part, processes=processes)
+        self._costs = StepCosts(
+            shape, card, part, tensor_parallel=tensor_parallel, processes=processes, overhead_s=overhead_s
+        )
         self._band = roofline.band(card, part)
         self._planned_end_s = 0.0
         self._ended_s = 0.0
