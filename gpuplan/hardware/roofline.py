@@ -113,15 +113,17 @@ STEP_OVERHEAD_S = 0.4e-3
 # free (2048 tokens of a 70B model). Engines reserve them before they size their KV cache.
 RUNTIME_MEMORY_BYTES = 1_200_000_000
 ACTIVATIONS_KEPT_FREE_BYTES = 700_000_000
-# An all-reduce over NVLink: a start, and the share of the links' sheet bandwidth that large ones reach.
+# An all-reduce over NVLink: a start (vllm-project/vllm#24532 has 10 us for 0.5 MB on four cards), and the share that
+# large ones reach of the links' bandwidth, which sheets give for both directions together: 366 of 900 GB/s on four
+# H100s (waynehacking8, nccl-collectives-bench, 2026).
 ALL_REDUCE_START_S = 8e-6
-ALL_REDUCE_EFFICIENCY = 0.6
+ALL_REDUCE_EFFICIENCY = 0.41
 # Mean absolute errors by `benchmarks/emulator_fidelity.py`. Linear operators: with the model left out of the fit, and
 # with the whole architecture left out. Steps: TPOT of a served 70B model on H200, after one constant for each engine,
 # which is not known beforehand; what the other errors add is added in squares. Slices: 2g, 3g, 4g from 1g and 7g.
 LEFT_OUT_PERCENT = {"ampere": 3.4, "hopper": 4.5}
 UNMEASURED_PERCENT = 5.2
-SERVED_PERCENT = 7.0
+SERVED_PERCENT = 6.0
 SLICE_PERCENT = 3.8
 BLOCK_TOKENS = 256
 """Linear operators are costed for this many row counts at once: one call of numpy instead of hundreds."""
