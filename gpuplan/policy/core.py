@@ -466,7 +466,7 @@ class ServingCore:
             breaker=Breaker(spec.id, self._deployment.breakers),
             phase=phase,
             blocks=paging.blocks_of(self._deployment, spec),
-            schedules_ahead=self._deployment.engine.schedules_ahead,
+            schedules_ahead=model.decoder and self._deployment.engine.schedules_ahead,
         )
         self._replicas[spec.id], self._model_of[spec.id] = state, model
         model.replicas.append(state)

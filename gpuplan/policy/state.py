@@ -56,8 +56,10 @@ class ClassState:
 
 class Sequence:
     """One admitted request and how far it has come. `model` is its ModelState. It waits in the line of `home`, or runs
-    on `replica`. `expected_tokens` is how many it will likely generate, `work_s` what it costs there, in seconds. One that
-    gave way has its first tokens, so many were `sent`, as part of its prompt. A `probe` finds out whether its model works again."""
+    on `replica`. `expected_tokens` is how many it will likely generate, `work_s` what it costs there, in seconds. A
+    `probe` finds out whether its model works again. Of one that gave way, the tokens that were `sent` before are part
+    of the prompt.
+    """
 
     __slots__ = (
         "arrived_s",
@@ -132,8 +134,8 @@ class ReplicaState:
     `turns` are groups that run one after the other, the last one first, before everybody runs together again: the
     halves of a step that failed. `slow_steps` counts those in a row that took much longer than a neighbour's would.
     `answered` is how many requests its last step answered, at `answered_s`. Where KV cache is kept in `blocks`, it is
-    taken as contexts grow, and `kv_reserved` is what they hold; elsewhere it is reserved whole. Those who `gave_way` for
-    lack of blocks hold none, and go on before anybody else starts.
+    taken as contexts grow, and `kv_reserved` is what they hold; elsewhere it is reserved whole. Those who `gave_way`
+    for lack of blocks hold none, and go on before anybody else starts.
     """
 
     __slots__ = (
