@@ -72,6 +72,8 @@ SHAPES: dict[str, ModelShape] = {
         ModelShape("llama-3.1-70b", "decoder", 80, 8192, 64, 8, 28672, True, 128256, 131072),
         ModelShape("codellama-34b", "decoder", 48, 8192, 64, 8, 22016, True, 32000, 16384),
         ModelShape("mistral-7b", "decoder", 32, 4096, 32, 8, 14336, True, 32000, 32768),
+        ModelShape("mistral-nemo", "decoder", 40, 5120, 32, 8, 14336, True, 131072, 128000, head_size=128),
+        ModelShape("yi-34b", "decoder", 60, 7168, 56, 8, 20480, True, 64000, 4096),
         ModelShape("qwen2.5-7b", "decoder", 28, 3584, 28, 4, 18944, True, 152064, 32768),
         ModelShape("qwen2.5-72b", "decoder", 80, 8192, 64, 8, 29568, True, 152064, 32768),
         ModelShape("internlm-20b", "decoder", 60, 5120, 40, 40, 13824, True, 103168, 4096),
