@@ -134,7 +134,8 @@ class StepCosts:
 
     `processes` busy ones share the slice (MPS), this model's among them: each has its share of the SMs and of the
     bandwidth while it computes, and all of the time in which another launches. Neighbours are taken to be busy.
-    `overhead_s` is what the engine adds to every step (`engines`).
+    `overhead_s` is what the engine adds to every step (`engines`). Where KV cache is kept `in_blocks`, sequences share
+    some, and whoever gives the blocks out sees to it that there are no more than fit.
     """
 
     def __init__(
@@ -146,10 +147,11 @@ class StepCosts:
         tensor_parallel: int = 1,
         processes: int = 1,
         overhead_s: float = STEP_OVERHEAD_S,
+        in_blocks: bool = False,
     ) -> None:
         share = (1 - slices.neighbour_loss(card, part)) / processes
         sms, cells = share * part.sm_count / card.sm_count, share * part.width / part.cells
-        self._model, self._part, self._overhead_s = model, part, overhead_s
+        self._model, self._part, self._overhead_s, self._in_blocks = model, part, overhead_s, in_blocks
         self._ways, self._processes, self._link_bytes_per_s = tensor_parallel, processes, card.link_bytes_per_s
         self._architecture = CONSTANTS.get(card.architecture, UNMEASURED)
         self._flops_per_s = card.flops.at(model.bytes_per_element) * sms
@@ -203,7 +205,7 @@ class StepCosts:
         Of a decoder only activations can be too many, and of more than 2048 tokens a step at that: its KV cache was
         reserved when the request was admitted.
         """
-        return self.memory_bytes(load) <= self._part.memory_bytes // self._processes
+        return self._in_blocks or self.memory_bytes(load) <= self._part.memory_bytes // self._processes
 
     def step_s(self, load: StepLoad) -> float:
         """Seconds of one step. Never less for more work."""

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from gpuplan.errors import InputError
 from gpuplan.hardware import mig
-from gpuplan.hardware.engines import step_overhead_s
+from gpuplan.policy.cost import costs_of
 from gpuplan.scenario.demand import ModelSource
 from gpuplan.scenario.deployment import Deployment, Replica, shape_of, window_of
 from gpuplan.serve import model_files
@@ -42,14 +42,8 @@ def engine_for(
     if card is None or part is None:
         return _worker(replica, deployment, _spec(source, replica, deployment))
     if source.emulated and shape:
-        engine = deployment.engine.name if replica.role == "decoder" else "gpuplan"
         return EmulatedEngine(
-            shape,
-            card,
-            part,
-            processes=replica.processes,
-            tensor_parallel=replica.tensor_parallel,
-            overhead_s=step_overhead_s(engine, shape, card),
+            shape, card, part, processes=replica.processes, costs=costs_of(shape, deployment, replica)
         )
     device = _device(replica, deployment, cards)
     if device is not None:

@@ -44,14 +44,11 @@ class EmulatedEngine:
         answers: Engine | None = None,
         *,
         processes: int = 1,
-        tensor_parallel: int = 1,
-        overhead_s: float = roofline.STEP_OVERHEAD_S,
+        costs: StepCosts | None = None,
     ) -> None:
         self._shape, self._answers = shape, answers
         self._direction = array("f", [1.0, *[0.0] * (shape.hidden - 1)]).tobytes()
-        self._costs = StepCosts(
-            shape, card, part, tensor_parallel=tensor_parallel, processes=processes, overhead_s=overhead_s
-        )
+        self._costs = costs or StepCosts(shape, card, part, processes=processes)
         self._band = roofline.band(card, part)
         self._planned_end_s = 0.0
         self._ended_s = 0.0
