@@ -30,9 +30,10 @@ class EngineTimes:
 TIMES: dict[EngineName, EngineTimes] = {
     "gpuplan": EngineTimes(roofline.STEP_OVERHEAD_S, 0, 0.0),
     # Two launches: attention over paged blocks, and the kernel that writes keys and values into them. The roofline
-    # costs both by their bytes alone, and a decode's are few. `request_s` is what is left of measured TTFTs when the
-    # steps are taken off: 7 ms for each of three runs of inference-perf on H100s (`benchmarks/real_engines.py`, which
-    # fits it on two of them and predicts the third). The client ran in another pod, and its clock started before HTTP.
+    # costs both by their bytes alone, and a decode's are few. Counted, not fitted: on 60 points of Llama-3.1-70B in
+    # fp8 on H200, TPOT is 6.1 % off with them and 10.5 % without (`benchmarks/emulator_fidelity.py`). `request_s` is
+    # what is left of measured TTFTs when the steps are taken off: 6 to 9 ms in three runs of inference-perf on H100s,
+    # whose clock starts before HTTP; here is the mean (`benchmarks/real_engines.py` predicts each run from the others).
     "vllm": EngineTimes(roofline.STEP_OVERHEAD_S, 2, 7.4e-3),
 }
 
