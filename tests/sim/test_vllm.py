@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
+import msgspec
 import pytest
 
+from gpuplan.policy.vocabulary import Decision, RunStep
+from gpuplan.record import story
 from gpuplan.record.run import Run
 from gpuplan.scenario import deployment, files
 from gpuplan.scenario.demand import Scenario
@@ -80,3 +84,15 @@ def test_the_cards_memory_is_taken_when_it_starts() -> None:
 def test_the_same_seed_gives_the_same_rows() -> None:
     one, other = run({"tokens": 160, "groups": 4}), run({"tokens": 160, "groups": 4})
     assert one.requests.equals(other.requests)
+
+
+def test_a_story_knows_the_first_token_of_a_prompt_that_was_cached_or_read_again() -> None:
+    tight = run({"tokens": 96}, rate=10.0, prompt=160, output=600, num_gpu_blocks_override=500)
+    steps = [msgspec.json.decode(line, type=Decision) for line in tight.decisions]
+    prefills = [p for d in steps for a in d.actions if isinstance(a, RunStep) for p in a.prefills if p.last]
+    (read_again, times), *_ = Counter(p.request_id for p in prefills).most_common(1)
+    assert times > 1
+    told = story.of_run(tight, read_again, folder="")
+    (first,) = (m for m in told.moments if isinstance(m, story.FirstToken))
+    (row,) = tight.requests[tight.requests["request_id"] == read_again].itertuples()
+    assert first.at_s == pytest.approx(row.first_token_s)
