@@ -76,6 +76,7 @@ SHAPES: dict[str, ModelShape] = {
         ModelShape("yi-34b", "decoder", 60, 7168, 56, 8, 20480, True, 64000, 4096),
         ModelShape("qwen2.5-7b", "decoder", 28, 3584, 28, 4, 18944, True, 152064, 32768),
         ModelShape("qwen2.5-72b", "decoder", 80, 8192, 64, 8, 29568, True, 152064, 32768),
+        ModelShape("qwen3-14b", "decoder", 40, 5120, 40, 8, 17408, True, 151936, 40960),
         ModelShape("internlm-20b", "decoder", 60, 5120, 40, 40, 13824, True, 103168, 4096),
         ModelShape("phi-2", "decoder", 32, 2560, 32, 32, 10240, False, 51200, 2048),
         ModelShape("bert-base", "classifier", 12, 768, 12, 12, 3072, False, 30522, 512),
