@@ -52,6 +52,10 @@ def make_plan(run: Run, *, on_progress: Callable[[str], None] = lambda _: None) 
     scenario = _always_there(files.from_builtins(run.meta.scenario))
     trials = Trials(scenario, calibrate.fit(run), rate_scale=run.meta.rate_scale, speed=run.meta.speed)
     own = supply.resolve(scenario)
+    if own.engine.tensor_parallel > 1:
+        raise RunError(
+            "a plan cuts single cards, and deployment.engine.tensor_parallel_size takes several for a replica"
+        )
     if own.gpu is None:
         found = _Found(trials.trial(scenario.deployment), bound=None)
     else:

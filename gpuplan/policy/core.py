@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from gpuplan.policy import admission, batching, dispatch, failures, health
+from gpuplan.policy import admission, batching, dispatch, failures, health, paging
 from gpuplan.policy.admission import Gate, refusal
 from gpuplan.policy.breaker import Breaker
 from gpuplan.policy.concurrency import ConcurrencyLimit
@@ -239,6 +239,7 @@ class ServingCore:
             event.output_tokens,
             self._now_s,
             deadline_s=None if patience_s is None else self._now_s + patience_s,
+            spans=event.spans,
         )
         self._scaling.asked_for(s, self._now_s, actions)
         home = self._home(model, s)
@@ -428,6 +429,8 @@ class ServingCore:
                 self._place_again(s, replica, actions)
             else:
                 self._fail([s], "replica_lost", actions)
+        if replica.blocks is not None:
+            replica.blocks.forget()
         self._move(replica, waited, actions)
         return model
 
@@ -479,6 +482,8 @@ class ServingCore:
             limit=ConcurrencyLimit(rule.max_batch_size, target_step_s=rule.step_time_target),
             breaker=Breaker(spec.id, self._deployment.breakers),
             phase=phase,
+            blocks=paging.blocks_of(self._deployment, spec),
+            schedules_ahead=model.decoder and self._deployment.engine.schedules_ahead,
         )
         self._replicas[spec.id], self._model_of[spec.id] = state, model
         model.replicas.append(state)
@@ -529,13 +534,16 @@ class ServingCore:
                     actions.append(Cut(replica.spec.id, replica.step.step_id))
 
     def _start_iteration(self, model: ModelState, replica: ReplicaState, actions: list[Action]) -> None:
+        if replica.blocks is not None:
+            paging.make_room(replica)
         while (head := replica.line.head()) is not None and replica.has_room_for(head):
             replica.take(head)
         if model.waiting and head is None:
             self._steal(model, replica, actions)
         if replica.running:
             group = failures.next_turn(replica, self._sequences)
-            step = batching.iteration(model, replica, self._steps + 1, group, self._steps_max)
+            in_a_row = self._steps_max if replica.blocks is None and not replica.schedules_ahead else 1
+            step = batching.iteration(model, replica, self._steps + 1, group, in_a_row)
             self._start(replica, step, actions)
 
     def _start_batch(self, model: ModelState, replica: ReplicaState, actions: list[Action]) -> None:
@@ -622,7 +630,13 @@ class ServingCore:
                 )
                 assert replica.available or not len(replica.line), "nobody waits for a replica that does not come"
                 assert replica.running <= model.batching.max_batch_size, "batches are bounded"
-                assert replica.kv_reserved == sum(s.kv_tokens for s in mine), "KV cache is accounted for"
+                if replica.blocks is None:
+                    assert replica.kv_reserved == sum(s.kv_tokens for s in mine), "KV cache is accounted for"
+                else:
+                    replica.blocks.check()
+                    assert replica.running or not replica.gave_way, "with all blocks free somebody goes on"
+                    held = replica.blocks.held * replica.blocks.block_size
+                    assert replica.kv_reserved == held, "blocks are accounted for"
                 limit = replica.spec.kv_tokens_max
                 assert limit is None or replica.kv_reserved <= limit, "KV cache fits"
                 context = sum(s.prompt_tokens + s.emitted for s in replica.decoding)

@@ -139,3 +139,15 @@ def test_a_plan_survives_the_run_folder(run: Run, plan: dict[str, Any], tmp_path
     again = make_plan(store.read(tmp_path))
     for key in ("verdict", "replicas", "batching", "autoscale", "alternatives"):
         assert again[key] == plan[key], key
+
+
+def test_a_model_on_several_cards_has_no_layout_to_search() -> None:
+    asked = scenario(
+        models={"chat": {"emulate": "llama-3-70b"}},
+        traffic=[{"name": "talk", "model": "chat", "arrivals": {"process": "poisson", "rate": 1},
+                  "prompt_tokens": 50, "output_tokens": 5}],
+        deployment={"gpu": "h100", "count": 2, "engine": {"kind": "vllm", "tensor_parallel_size": 2}},
+        duration=5.0,
+    )  # fmt: skip
+    with pytest.raises(RunError, match="a plan cuts single cards"):
+        make_plan(simulated(asked))

@@ -198,7 +198,7 @@ def test_a_request_that_fits_no_memory_is_an_error_of_the_server() -> None:
 
 def test_emulated_steps_say_how_far_off_they_may_be() -> None:
     scenario = files.build(single_step(), Scenario)
-    said = "estimates from measurements of ampere cards; where checked, off by 7 % on average"
+    said = "estimates from measurements of ampere cards; where checked, off by 6 % on average"
     assert run(scenario).meta.notes == [f"mood on whole: emulated steps: {said}"]
     assert run(scenario, fixed()).meta.notes == [], "fitted times have an error of their own"
 
