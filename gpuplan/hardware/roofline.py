@@ -168,7 +168,10 @@ class StepCosts:
             (hidden, ffn),
         )
         self._head = ((model.vocabulary // ways, hidden),)
-        self._queries, self._keys = queries, keys
+        self._queries, self._keys, self._layers = queries, keys, model.layers
+        efficiency = self._architecture.linear.memory_efficiency
+        self._pair_s = 4.0 * queries / (self._flops_per_s * ATTENTION_COMPUTE_EFFICIENCY)
+        self._context_token_s = 2 * keys * model.kv_bytes_per_element / (self._bytes_per_s * efficiency)
         self._weights_bytes, self._kv_bytes = model.weights_bytes, model.kv_bytes_per_token
         # Kept, as a simulation asks for the same few counts millions of times.
         self._by_tokens_s: dict[int, float] = {}
@@ -196,8 +199,10 @@ class StepCosts:
     def memory_bytes(self, load: StepLoad) -> int:
         """Bytes held on each card during a step: weights, runtime, the KV cache it works on, and activations beyond
         those that the runtime keeps room for."""
-        resident = RUNTIME_MEMORY_BYTES + (self._weights_bytes + load.kv_tokens * self._kv_bytes) // self._ways
-        activations = load.tokens * self._elementwise_bytes_per_token
+        tokens = load.prefill_tokens + load.decodes
+        kv_bytes = (load.context_tokens + tokens) * self._kv_bytes
+        resident = RUNTIME_MEMORY_BYTES + (self._weights_bytes + kv_bytes) // self._ways
+        activations = tokens * self._elementwise_bytes_per_token
         return resident + max(activations - ACTIVATIONS_KEPT_FREE_BYTES, 0)
 
     def fits(self, load: StepLoad) -> bool:
@@ -210,7 +215,7 @@ class StepCosts:
 
     def step_s(self, load: StepLoad) -> float:
         """Seconds of one step. Never less for more work."""
-        tokens = load.tokens
+        tokens = load.prefill_tokens + load.decodes
         if tokens == 0:
             return self._overhead_s
         by_tokens_s = self._by_tokens_s.get(tokens)
@@ -219,7 +224,7 @@ class StepCosts:
                 self.linear_layer_s(tokens) + self.elementwise_layer_s(tokens) + 2 * self._all_reduce_s(tokens)
             )
             self._by_tokens_s[tokens] = by_tokens_s
-        layers_s = self._model.layers * (by_tokens_s + self.attention_layer_s(load))
+        layers_s = self._layers * (by_tokens_s + self.attention_layer_s(load))
         return layers_s + self._head_s(load.samples) + self._overhead_s
 
     def linear_layer_s(self, tokens: int) -> float:
@@ -228,9 +233,7 @@ class StepCosts:
 
     def attention_layer_s(self, load: StepLoad) -> float:
         """Seconds of one layer's attention: multiplications for the prompts, the KV cache's bytes for the decodes."""
-        compute_s = 4.0 * load.attended_pairs * self._queries / (self._flops_per_s * ATTENTION_COMPUTE_EFFICIENCY)
-        kv_bytes = 2 * self._keys * self._model.kv_bytes_per_element * load.context_tokens
-        return compute_s + kv_bytes / (self._bytes_per_s * self._architecture.linear.memory_efficiency)
+        return self._pair_s * load.attended_pairs + self._context_token_s * load.context_tokens
 
     def elementwise_layer_s(self, tokens: int) -> float:
         """Seconds of what is neither in one layer: norms, additions, rotations, the activation."""

@@ -179,8 +179,8 @@ class ServingCore:
 
     def kv_usage(self, model: str) -> float | None:
         """The share of its ready replicas' KV cache that is reserved; None for a model that has no limit."""
-        replicas = [r for r in self._models[model].replicas if r.spec.kv_tokens_max is not None]
-        tokens_max = sum(r.spec.kv_tokens_max or 0 for r in replicas if r.up)
+        replicas = [r for r in self._models[model].replicas if r.kv_tokens_max is not None]
+        tokens_max = sum(r.kv_tokens_max or 0 for r in replicas if r.up)
         if not tokens_max:
             return 0.0 if replicas else None
         return sum(r.kv_reserved for r in replicas if r.up) / tokens_max
@@ -190,12 +190,12 @@ class ServingCore:
         for model in self._models.values():
             yield model.name, model.breaker.state
             for replica in model.replicas:
-                yield replica.spec.id, replica.breaker.state
+                yield replica.replica_id, replica.breaker.state
 
     def full(self, model: str) -> bool:
         """Nobody more would be let in: good to know before a prompt is counted. (An arrival is judged again.)"""
         state = self._models[model]
-        return state.waiting >= state.batching.max_queue_size and not any(True for _ in _free(state))
+        return state.waiting >= state.max_queue_size and not any(True for _ in _free(state))
 
     def ready(self) -> bool:
         """Every model that has replicas has one that is up, or one that will be started for whoever asks for it, and
@@ -209,7 +209,7 @@ class ServingCore:
     def kv_free(self, replica_id: str) -> int | None:
         """Tokens of KV cache that are not reserved where this replica is; None where there is no limit."""
         replica = self._replicas[replica_id]
-        return None if replica.spec.kv_tokens_max is None else replica.kv_free()
+        return None if replica.kv_tokens_max is None else replica.kv_free()
 
     # --- requests -------------------------------------------------------------------------------------------------
 
@@ -230,7 +230,9 @@ class ServingCore:
         if isinstance(traffic, Reject):
             actions.append(traffic)
             return None
-        patience_s = min((s for s in (event.timeout_s, traffic.spec.deadline) if s is not None), default=None)
+        patience_s, timeout_s = traffic.deadline, event.timeout_s
+        if timeout_s is not None and (patience_s is None or timeout_s < patience_s):
+            patience_s = timeout_s
         s = Sequence(
             event.request_id,
             model,
@@ -269,7 +271,7 @@ class ServingCore:
             return refused
         if not model.breaker.allows():
             return health.circuit_open(model, s, self._now_s)
-        if model.waiting >= model.batching.max_queue_size:
+        if model.waiting >= model.max_queue_size:
             # Never while a replica has nothing to do and could start it at once.
             free = next((r for r in _free(model) if r.has_room_for(s)), None)
             return free or refusal(s.request_id, "queue_full", model.drain.wait_s(model.waiting))
@@ -286,7 +288,7 @@ class ServingCore:
         ahead = replica.line.ahead_of(s.priority).requests
         s.work_s = replica.pace.work_s(s.prompt_tokens, s.expected_tokens, max(replica.limit.limit / 2, 1.0))
         replica.wait(s)
-        actions.append(Assign(s.request_id, replica.spec.id, ahead, expected_s, taken_from))
+        actions.append(Assign(s.request_id, replica.replica_id, ahead, expected_s, taken_from))
 
     def _move(self, replica: ReplicaState, waiting: Iterable[Sequence], actions: list[Action]) -> None:
         """Those who wait for this replica wait for another that welcomes them, or stay if this one comes back."""
@@ -303,7 +305,7 @@ class ServingCore:
         if home is None:
             self._fail([s], "no_replica", actions)
             return
-        taken_from = came_from.spec.id if came_from is not home else ""
+        taken_from = came_from.replica_id if came_from is not home else ""
         self._assign(home, s, dispatch.expected(home, s, now_s=self._now_s).finish_s, actions, taken_from)
 
     def _cancel(self, event: Cancel, actions: list[Action]) -> ModelState | None:
@@ -334,15 +336,15 @@ class ServingCore:
         replica, step = ended_step
         model = self._model_of[event.replica_id]
         replica.answered, replica.answered_s = step.load.samples, self._now_s
-        ran = replica.decoding
+        ran, steps = replica.decoding, event.steps
         if len(step.decodes) < len(ran):  # one group of several that take turns
             ran = [s for s in ran if s.request_id in step.decodes]
         for s in ran:
-            s.emitted += event.steps
-        replica.context_tokens += len(ran) * event.steps
+            s.emitted += steps
+        replica.context_tokens += len(ran) * steps
         if step.prefills:
             self._prefilled(replica, step)
-        health.step_done(model, replica, step, event.steps, self._now_s, actions)
+        health.step_done(model, replica, step, steps, self._now_s, actions)
         self._drop_cancelled(replica)
         for request_id, reason in event.failed:
             unanswered = self._sequences.get(request_id)
@@ -469,7 +471,7 @@ class ServingCore:
             if replica.retiring and not replica.unloaded and replica.step is None and not replica.running:
                 replica.unloaded = True
                 model.retiring -= 1
-                actions.append(self._scaling.stopped(replica) or Unload(replica.spec.id))
+                actions.append(self._scaling.stopped(replica) or Unload(replica.replica_id))
 
     def _add(self, spec: Replica, order: int, place: list[ReplicaState], phase: Phase) -> ReplicaState:
         model, rule = self._models[spec.model], self._deployment.batching[spec.model]
@@ -531,7 +533,7 @@ class ServingCore:
                 head = replica.line.head()
                 if replica.cancelled or (head is not None and replica.has_room_for(head)):
                     replica.cut = True
-                    actions.append(Cut(replica.spec.id, replica.step.step_id))
+                    actions.append(Cut(replica.replica_id, replica.step.step_id))
 
     def _start_iteration(self, model: ModelState, replica: ReplicaState, actions: list[Action]) -> None:
         if replica.blocks is not None:
@@ -572,7 +574,9 @@ class ServingCore:
             home = s.home
             assert home is not None, "what waits has a home"
             home.wait_no_longer(s)
-            self._assign(replica, s, dispatch.expected(replica, s, now_s=self._now_s).finish_s, actions, home.spec.id)
+            self._assign(
+                replica, s, dispatch.expected(replica, s, now_s=self._now_s).finish_s, actions, home.replica_id
+            )
             replica.take(s)
 
     def _start(self, replica: ReplicaState, step: RunStep, actions: list[Action]) -> None:
@@ -619,7 +623,7 @@ class ServingCore:
             leaving = sum(r.retiring and not r.unloaded for r in model.replicas)
             assert leaving == model.retiring, "who is to go is counted"
             assert len(line) == model.waiting == sum(len(r.line) for r in model.replicas), "who waits is counted"
-            assert model.waiting <= model.batching.max_queue_size + idle, "queues are bounded"
+            assert model.waiting <= model.max_queue_size + idle, "queues are bounded"
             assert all(s.replica is None and s.emitted == 0 for s in line), "what waits has not started"
             seen += line
             for replica in model.replicas:
@@ -637,7 +641,7 @@ class ServingCore:
                     assert replica.running or not replica.gave_way, "with all blocks free somebody goes on"
                     held = replica.blocks.held * replica.blocks.block_size
                     assert replica.kv_reserved == held, "blocks are accounted for"
-                limit = replica.spec.kv_tokens_max
+                limit = replica.kv_tokens_max
                 assert limit is None or replica.kv_reserved <= limit, "KV cache fits"
                 context = sum(s.prompt_tokens + s.emitted for s in replica.decoding)
                 assert replica.context_tokens == context, "contexts are accounted for"

@@ -47,5 +47,5 @@ def next_turn(replica: ReplicaState, alive: Mapping[int, Sequence]) -> list[Sequ
 
 def may_try_elsewhere(model: ModelState, s: Sequence) -> bool:
     """Its replica is gone: it may run again if nothing was sent, it has not been lost too often, and there is room."""
-    free = model.waiting < model.batching.max_queue_size
+    free = model.waiting < model.max_queue_size
     return not s.emitted and not s.sent and s.losses < LOSSES_MAX and free and admission.fits_somewhere(model, s)

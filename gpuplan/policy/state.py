@@ -45,11 +45,12 @@ class DrainRate:
 class ClassState:
     """A traffic class: its rules, how many of its requests wait (or are at the door), and how fast they complete."""
 
-    __slots__ = ("drain", "name", "spec", "waiting")
+    __slots__ = ("deadline", "drain", "max_queue_size", "name", "priority", "spec", "waiting")
 
     def __init__(self, name: str, spec: ClassSpec) -> None:
         self.name = name
         self.spec = spec
+        self.priority, self.deadline, self.max_queue_size = spec.priority, spec.deadline, spec.max_queue_size
         self.waiting = 0
         self.drain = DrainRate()
 
@@ -106,7 +107,7 @@ class Sequence:
         self.deadline_s = deadline_s
         self.spans = spans
         self.limiters: tuple[RateLimiter, ...] = ()
-        self.priority = traffic.spec.priority
+        self.priority = traffic.priority
         self.expected_tokens = model.outputs_of(traffic).expected(output_tokens)
         self.prefilled = 0
         self.emitted = self.sent = 0
@@ -152,6 +153,7 @@ class ReplicaState:
         "expected_tokens",
         "gave_way",
         "kv_reserved",
+        "kv_tokens_max",
         "limit",
         "line",
         "order",
@@ -161,6 +163,7 @@ class ReplicaState:
         "prefilling",
         "prompts_left",
         "ready_s",
+        "replica_id",
         "retiring",
         "returning",
         "schedules_ahead",
@@ -189,6 +192,7 @@ class ReplicaState:
         schedules_ahead: bool = False,
     ) -> None:
         self.spec = spec
+        self.replica_id, self.kv_tokens_max = spec.id, spec.kv_tokens_max
         self.order = order
         self.place = place
         place.append(self)
@@ -253,7 +257,7 @@ class ReplicaState:
 
     def could_hold(self, sequence: Sequence) -> bool:
         """Its KV cache is large enough for the sequence, were it empty."""
-        limit = self.spec.kv_tokens_max
+        limit = self.kv_tokens_max
         return limit is None or sequence.kv_tokens <= limit
 
     def has_room_for(self, sequence: Sequence) -> bool:
@@ -265,7 +269,7 @@ class ReplicaState:
             return False  # the step that follows was put together before it came
         if self.blocks is not None:
             return self._has_blocks_for(self.blocks, sequence)
-        limit = self.spec.kv_tokens_max
+        limit = self.kv_tokens_max
         if limit is None:
             return True
         if len(self.place) == 1:
@@ -283,9 +287,9 @@ class ReplicaState:
     def kv_free(self) -> int:
         """Tokens of KV cache left in its place, beside what every version there holds and the weights of all but one.
         Only for a model with a limit."""
-        assert self.spec.kv_tokens_max is not None, "only where there is a limit"
+        assert self.kv_tokens_max is not None, "only where there is a limit"
         displaced = self.spec.weights_kv_tokens * (len(self.place) - 1)
-        return self.spec.kv_tokens_max - displaced - sum(r.kv_reserved for r in self.place)
+        return self.kv_tokens_max - displaced - sum(r.kv_reserved for r in self.place)
 
     def wait(self, sequence: Sequence) -> None:
         """The sequence joins its line."""
@@ -351,7 +355,19 @@ class ModelState:
     """A model's replicas in order of the deployment, how many requests wait for any of them, and what has been learned
     of its requests. `retiring` counts versions that are not unloaded yet."""
 
-    __slots__ = ("batching", "breaker", "decoder", "drain", "name", "outputs", "replicas", "retiring", "waiting")
+    __slots__ = (
+        "batching",
+        "breaker",
+        "decoder",
+        "drain",
+        "max_batch_tokens",
+        "max_queue_size",
+        "name",
+        "outputs",
+        "replicas",
+        "retiring",
+        "waiting",
+    )
 
     def __init__(
         self, name: str, decoder: bool, batching: BatchingSpec, replicas: list[ReplicaState], breaker: Breaker
@@ -359,6 +375,7 @@ class ModelState:
         self.name = name
         self.decoder = decoder
         self.batching = batching
+        self.max_queue_size, self.max_batch_tokens = batching.max_queue_size, batching.max_batch_tokens
         self.replicas = replicas
         self.breaker = breaker
         self.waiting = 0
