@@ -89,7 +89,7 @@ def test_a_wall_clock_that_jumps_does_nothing(monkeypatch: pytest.MonkeyPatch) -
 # --- a process that stands still ----------------------------------------------------------------------------------
 
 TOKENS = 600
-STEP_TIMEOUT_S, STOP_S = 0.5, 2.0
+STEP_TIMEOUT_S, STOP_S = 1.0, 3.0
 SERVED = {
     "name": "stops",
     "models": {"chat": {"builtin": "tiny-chat"}},
@@ -152,7 +152,7 @@ def stream(url: str, begun: list[int], **headers: str) -> str:
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="workers are found in /proc")
 @pytest.mark.parametrize("all_of_it", [False, True], ids=["the server", "the server and its workers"])
 def test_a_stopped_server_goes_on_where_it_was(server: tuple[str, int], all_of_it: bool) -> None:
-    """For four times as long as a step may take."""
+    """For three times as long as a step may take."""
     url, pid = server
     children = workers(pid)
     assert len(children) == 2
