@@ -43,12 +43,14 @@ DEADLINE_MS, TPOT_MS = 6000.0, 60.0
 CAPACITY_S, SETTLED_S = 20.0, 8.0
 ASKED = (3.0, 4.0, 5.0, 6.0, 8.0)
 """How many times RATE is asked for to find what the service bears; it has settled after SETTLED_S."""
+NO_MEMORY, FULLER = "one has no memory above batch 8, at 30/s", 3.0
+"""At RATE no batch is as large as that."""
 FAULTS: dict[str, list[dict[str, Any]]] = {
     "none": [],
     "one replica crashes, back after 12 s": [{"replica": "chat-0", "crash": {"back_after": FAULT_S}}],
     "one becomes 5 x slower": [{"replica": "chat-0", "for": FAULT_S, "slow": {"factor": 5.0}}],
     "one gives no numbers": [{"replica": "chat-0", "for": FAULT_S, "nan": {"share": 1.0}}],
-    "one has no memory above batch 8": [{"replica": "chat-0", "for": FAULT_S, "out_of_memory": {"above_batch": 8}}],
+    NO_MEMORY: [{"replica": "chat-0", "for": FAULT_S, "out_of_memory": {"above_batch": 8}}],
     "one hangs": [{"replica": "chat-0", "hang": {}}],
     "all are gone for 12 s": [{"model": "chat", "crash": {"back_after": FAULT_S}}],
 }
@@ -86,11 +88,11 @@ def main() -> None:
     ways: dict[str, Callable[[Scenario, Schedule], Run]] = {"simulated": simulated}
     if options.live:
         ways["live"] = faults_live.measured
-    print(f"{'goodput, requests/s':38} {'':9} {'before':>7} {'during':>7} {'after':>7} {'back s':>7}  lost")
+    print(f"{'goodput, requests/s':41} {'':9} {'before':>7} {'during':>7} {'after':>7} {'back s':>7}  lost")
     for name, told in FAULTS.items():
         if options.only in name:
             scenario = service(options.seed, [{"at": BEGIN_S, **fault} for fault in told])
-            compare(name, ways, scenario, build_schedule(scenario))
+            compare(name, ways, scenario, build_schedule(scenario, rate_scale=FULLER if name is NO_MEMORY else 1.0))
     if options.only in LEAVING:
         leaving = service(options.seed, [], abandon={"share": 0.5, "after": 1.0})
         compare(LEAVING, ways, leaving, build_schedule(leaving))
@@ -113,27 +115,34 @@ def flood(seed: int, live: bool) -> None:
     best = max(bears, key=lambda factor: bears[factor])
     name = f"a flood of {FLOOD:g} x what it bears"
     asked = flooded(seed, best * FLOOD)
-    done = simulated(plain, asked)
+    with mock.patch.object(simulator, "_Simulation", Measured):
+        done = simulated(plain, asked)
     row(name, "simulated", done, FLOODED)
     share("simulated", done, bears[best], best)
+    in_flight, deadlines = Measured.most
+    print(f"  simulated: at most {in_flight} requests in flight, and {deadlines} deadlines remembered")
     if live:
         seen = faults_live.watched(plain, asked)
         row("", "live", seen.run, FLOODED)
-        busy = [r for r in seen.readings if FLOODED.begin_s <= r.at_s < FLOODED.end_s]
         bears = {f: goodput(faults_live.watched(steady, schedules[f]).run, *settled[:2]) for f in (best / 2, best)}
         most = max(bears, key=lambda factor: bears[factor])
         share("live", seen.run, bears[most], most)
-        early, late = FLOODED.begin_s + FLOOD_S / 3, FLOODED.end_s + WINDOW_S
-        print(
-            f"  the live server's memory, MiB: {seen.rss_mib(0.0, FLOODED.begin_s):.0f} before, at most "
-            f"{seen.rss_mib(FLOODED.begin_s, early):.0f} in the flood's first third and "
-            f"{seen.rss_mib(early, late):.0f} later, {seen.readings[-1].rss_mib:.0f} at the end"
-        )
-        print(
-            f"  in the flood at most {max(r.waiting for r in busy):.0f} waited and {max(r.running for r in busy):.0f} "
-            f"ran; at the end {seen.readings[-1].waiting + seen.readings[-1].running:.0f}; "
-            f"its event loop was at most {max(r.lag_s for r in busy) * 1e3:.0f} ms late"
-        )
+        held(seen)
+
+
+def held(seen: faults_live.Watched) -> None:
+    """What the live server had in hand during the flood, and after it."""
+    begin_s, end_s, _ = FLOODED
+    early_s, late_s = begin_s + FLOOD_S / 3, end_s + WINDOW_S
+    busy, last = [r for r in seen.readings if begin_s <= r.at_s < end_s], seen.readings[-1]
+    waiting, running, lag_s = (max(r[i] for r in busy) for i in (2, 3, 4))
+    print(
+        f"  live: the server's memory, MiB: {seen.rss_mib(0.0, begin_s):.0f} before, at most "
+        f"{seen.rss_mib(begin_s, early_s):.0f} in the flood's first third and {seen.rss_mib(early_s, late_s):.0f} "
+        f"later, {last.rss_mib:.0f} at the end\n"
+        f"  live: at most {waiting:.0f} waited and {running:.0f} ran, {last.waiting + last.running:.0f} at the end; "
+        f"the server's event loop was at most {lag_s * 1e3:.0f} ms late"
+    )
 
 
 def share(way: str, done: Run, most: float, factor: float) -> None:
@@ -203,6 +212,17 @@ class StandingStill(simulator._Simulation):
         super()._feed(event, BEGIN_S + STOP_S if stopped else now_s)
 
 
+class Measured(simulator._Simulation):
+    """Keeps the most requests that were in flight, and the most deadlines that the core remembered."""
+
+    most = (0, 0)
+
+    def _feed(self, event: Event, now_s: float) -> None:
+        super()._feed(event, now_s)
+        held = (self._core.in_flight, len(self._core._deadlines))
+        Measured.most = (max(self.most[0], held[0]), max(self.most[1], held[1]))
+
+
 def standing_still(scenario: Scenario, schedule: Schedule) -> Run:
     with mock.patch.object(simulator, "_Simulation", StandingStill):
         return simulated(scenario, schedule)
@@ -228,7 +248,7 @@ def row(name: str, way: str, done: Run, spans: Spans) -> None:
     kinds = ", ".join(f"{n} {kind}" for kind, n in pd.Series(why, dtype=object).value_counts().items()) or "nothing"
     told = f" ({unstarted} of them not started)" if "replica_lost" in why else ""
     back = back_s(done, end_s if spans is FLOODED else begin_s, duration_s)
-    print(f"{name:38} {way:9} {before:7.1f} {during:7.1f} {after:7.1f} {back:7.1f}  {kinds}{told}", flush=True)
+    print(f"{name:41} {way:9} {before:7.1f} {during:7.1f} {after:7.1f} {back:7.1f}  {kinds}{told}", flush=True)
     for note in done.meta.notes:
         if "limit" in note:
             print(f"    {note}")
