@@ -93,7 +93,7 @@ class ServingCore:
         self._retries = RetryBudget()
         self._scaling = Scaling(deployment, self._models)
         self._sequences: dict[int, Sequence] = {}
-        self._deadlines: list[tuple[float, int]] = []  # a heap; of those that have ended meanwhile, too
+        self._deadlines: list[tuple[float, int]] = []  # a heap; of as many, at most, that have ended meanwhile
         self._steps = 0
         self._draining = False
         self._now_s = float("-inf")
@@ -604,6 +604,9 @@ class ServingCore:
     def _forget(self, s: Sequence) -> None:
         """The sequence is over: its place is free, and what it did not use of its class's tokens is given back."""
         del self._sequences[s.request_id]
+        if len(self._deadlines) > 2 * len(self._sequences) + 16:
+            self._deadlines = [due for due in self._deadlines if self._awaits_deadline(*due)]
+            heapq.heapify(self._deadlines)
         if s.replica is not None:
             s.replica.let_go(s)
         elif s.home is not None:
