@@ -70,7 +70,7 @@ def iteration(
         replica.replica_id,
         step_id,
         tuple(prefills),
-        tuple([s.request_id for s in decoding]),
+        replica.decoding_ids() if group is None else tuple([s.request_id for s in decoding]),
         StepLoad(tokens, pairs, len(decoding), context_tokens, len(decoding) + first_tokens),
         model.waiting,
         steps,

@@ -368,8 +368,7 @@ class ServingCore:
             replica.prompts_left -= prefill.tokens
             if prefill.last:
                 s.emitted = 1
-                replica.prefilling.remove(s)
-                replica.decoding.append(s)
+                replica.decode(s)
                 replica.context_tokens += s.prompt_tokens + 1
 
     def _step_failed(self, event: StepFailed, actions: list[Action]) -> ModelState | None:

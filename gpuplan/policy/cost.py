@@ -93,8 +93,10 @@ class Pace:
         expected_s = self.undrifted_s(load) + self._line.context_token * load.decodes * (steps - 1) / 2
         if self.known:
             seconds = min(seconds, OUTLIER * self.drift * expected_s)
-        kept = DECAY**steps
-        counts = (1.0 - kept) / (1.0 - DECAY)
+        kept, counts = DECAY, 1.0
+        if steps > 1:
+            kept = DECAY**steps
+            counts = (1.0 - kept) / (1.0 - DECAY)
         self._expected_s = self._expected_s * kept + expected_s * counts
         self._measured_s = self._measured_s * kept + seconds * counts
         self.drift = self._measured_s / self._expected_s

@@ -142,6 +142,7 @@ class ReplicaState:
     """
 
     __slots__ = (
+        "_decoding_ids",
         "answered",
         "answered_s",
         "blocks",
@@ -215,6 +216,7 @@ class ReplicaState:
         self.answered_s = float("-inf")
         self.prefilling: list[Sequence] = []
         self.decoding: list[Sequence] = []
+        self._decoding_ids: tuple[int, ...] | None = ()  # None: they have changed
         self.gave_way: list[Sequence] = []
         self.kv_reserved = 0
         self.context_tokens = 0
@@ -323,10 +325,23 @@ class ReplicaState:
             self.count_blocks()
         self.prompts_left += sequence.prompt_tokens - sequence.prefilled
 
+    def decode(self, sequence: Sequence) -> None:
+        """Its prompt has been read: it gets a token every step from here on."""
+        self.prefilling.remove(sequence)
+        self.decoding.append(sequence)
+        self._decoding_ids = None
+
+    def decoding_ids(self) -> tuple[int, ...]:
+        """The numbers of those that get a token every step, in order."""
+        if self._decoding_ids is None:
+            self._decoding_ids = tuple([s.request_id for s in self.decoding])
+        return self._decoding_ids
+
     def stop(self, sequence: Sequence) -> None:
         """It runs no more: its place in the batch and its KV cache are free."""
         if sequence.emitted:
             self.decoding.remove(sequence)
+            self._decoding_ids = None
             self.context_tokens -= sequence.prompt_tokens + sequence.emitted
         else:
             self.prefilling.remove(sequence)
