@@ -2,7 +2,8 @@
 
 `simulate` feeds a schedule to the same `ServingCore` that serves live, lets steps take what `ServiceTimes` says, and
 writes the same rows through the same recorder. Same seed, same rows. Events at one instant go in order of their
-making.
+making. Every replica draws the spread of its step times from a generator of its own, and every request its way there
+and back in order of the schedule: what one replica does changes no draw of another.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 
 from gpuplan.policy.core import ServingCore
@@ -43,6 +45,7 @@ from gpuplan.sim.service_times import ServiceTimes
 from gpuplan.telemetry.emulated import EmulatedCards
 
 TELEMETRY_HZ = 10.0
+Watch = Callable[[Mapping[int, Served], Event, Sequence[Action], float], None]
 
 
 def simulate(
@@ -55,12 +58,14 @@ def simulate(
     keep_decisions: bool = False,
     keep_telemetry: bool = True,
     dispatcher: Dispatcher | None = None,
+    watch: Watch | None = None,
 ) -> Run:
     """A run of the schedule against the deployment on virtual time. Every request is followed to its end. `dispatcher`
-    places requests otherwise than the server would, for comparisons."""
+    places requests otherwise than the server would, for comparisons. `watch` is told of every event with what is known
+    of each request so far, and ends the simulation by raising."""
     recorder = Recorder(deployment, keep_tokens=True, keep_decisions=keep_decisions)
     cards = EmulatedCards(deployment) if keep_telemetry else None
-    simulation = _Simulation(deployment, service_times, recorder, cards, seed, dispatcher)
+    simulation = _Simulation(deployment, service_times, recorder, cards, seed, dispatcher, watch)
     simulation.run(schedule)
     links = random.Random(f"{seed}/downlink")  # noqa: S311 - not for secrets
     for request in schedule.requests:
@@ -104,17 +109,20 @@ class _Simulation:
         cards: EmulatedCards | None,
         seed: int,
         dispatcher: Dispatcher | None,
+        watch: Watch | None,
     ) -> None:
-        rng = random.Random(f"{seed}/steps")  # noqa: S311 - not for secrets
         self._core = ServingCore(deployment, dispatcher=dispatcher)
-        self._timers = {r.id: service_times.timer(deployment, r, rng) for r in deployment.every_replica()}
+        self._timers = {
+            r.id: service_times.timer(deployment, r, random.Random(f"{seed}/steps/{r.id}"))  # noqa: S311 - not for secrets
+            for r in deployment.every_replica()
+        }
         self._costs = {r.id: step_costs(deployment, r) for r in deployment.every_replica()}
         self._cold_start_s = deployment.autoscale.cold_start
         self._coming: list[tuple[float, str]] = []  # a heap: replicas that are being started, and when they serve
         self._leaving: list[tuple[float, int]] = []  # a heap: clients that hang up if they still wait, and when
         self._links = random.Random(f"{seed}/uplink")  # noqa: S311 - not for secrets
         self._uplink_s = service_times.uplink_s
-        self._recorder, self._cards = recorder, cards
+        self._recorder, self._cards, self._watch = recorder, cards, watch
         self._running: list[tuple[float, int, StepDone | StepFailed]] = []
         self._sample_due_s = 0.0
         self.faults = Injection(deployment)
@@ -168,6 +176,8 @@ class _Simulation:
         self.now_s = now_s
         actions: list[Action] = self._core.handle(event, now_s=now_s)
         self._recorder.decided(event, actions, now_s=now_s)
+        if self._watch is not None:
+            self._watch(self._recorder.served, event, actions, now_s)
         if self._cards is not None:
             self._cards.decided(event, actions, now_s=now_s)
         for action in actions:
