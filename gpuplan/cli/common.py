@@ -125,7 +125,7 @@ def make_plan(run: Run, *, quiet: bool) -> dict[str, Any] | None:
     console = Console(stderr=True, quiet=quiet)
     try:
         with console.status("planning") as status:
-            return search(run, on_progress=lambda text: status.update(Text(f"planning: {text}")))
+            return search(run, workers=None, on_progress=lambda text: status.update(Text(f"planning: {text}")))
     except KeyboardInterrupt:
         why = "planning was interrupted"
     except GpuplanError as error:

@@ -9,9 +9,10 @@ replica fewer would hold too gives the threshold to scale down. Both are average
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
-from gpuplan.plan.trials import Trials
+from gpuplan.plan.trials import Part, Trials
 from gpuplan.scenario.deployment import Deployment
 
 METRIC = "queue_depth_per_replica"
@@ -51,30 +52,38 @@ def recommend(trials: Trials, deployment: Deployment, model: str, gpus: int) -> 
 
 def highest_held(trials: Trials, deployment: Deployment, model: str) -> float:
     """The highest multiple of the rate at which the model's SLOs hold; 1 where none does."""
-    held = [row["rate_factor"] for row in _sweep(trials, deployment, model) if row["meets_slos"]]
-    return float(max([*held, 1.0]))
+    rows = _swept(
+        lambda factor: _row(trials.part_if_holds(deployment, model, factor=factor), deployment, model, factor)
+    )
+    return float(max([1.0, *(row["rate_factor"] for row in rows if row["meets_slos"])]))
 
 
 def _sweep(trials: Trials, deployment: Deployment, model: str) -> list[dict[str, Any]]:
     """Loads and what became of them, in order of load, none after the first that misses an SLO."""
-    rows = {factor: _row(trials, deployment, model, factor) for factor in (0.5, 1.0)}
+    return _swept(lambda factor: _row(trials.part(deployment, model, factor=factor), deployment, model, factor))
+
+
+def _swept(row: Callable[[float], dict[str, Any]]) -> list[dict[str, Any]]:
+    rows = {factor: row(factor) for factor in (0.5, 1.0)}
     factor = 1.0
     while rows[factor]["meets_slos"] and factor < FACTOR_MAX:
         factor *= 2
-        rows[factor] = _row(trials, deployment, model, factor)
+        rows[factor] = row(factor)
     if not rows[factor]["meets_slos"]:
         good, bad = factor / 2, factor
         for _ in range(HALVINGS):
             middle = round(math.sqrt(good * bad), 2)
-            rows[middle] = _row(trials, deployment, model, middle)
+            rows[middle] = row(middle)
             good, bad = (middle, bad) if rows[middle]["meets_slos"] else (good, middle)
     ordered = [rows[factor] for factor in sorted(rows)]
     first_miss = next((i for i, row in enumerate(ordered) if not row["meets_slos"]), len(ordered))
     return ordered[: first_miss + 1]
 
 
-def _row(trials: Trials, deployment: Deployment, model: str, factor: float) -> dict[str, Any]:
-    part = trials.part(deployment, model, factor=factor)
+def _row(part: Part | None, deployment: Deployment, model: str, factor: float) -> dict[str, Any]:
+    """None is a part that does not hold, whose figures nobody asked for."""
+    if part is None:
+        return {"rate_factor": factor, "meets_slos": False}
     depth = part.figures["models"][model]["queue_depth"]
     replicas = len(deployment.replicas_of(model))
     return {
