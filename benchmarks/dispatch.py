@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from gpuplan.policy.dispatch import ByCompletion, Dispatcher
+from gpuplan.policy.dispatch import Dispatcher
 from gpuplan.policy.state import ModelState, ReplicaState, Sequence
 from gpuplan.scenario import deployment, traces
 from gpuplan.scenario.build import build
@@ -64,11 +64,11 @@ def least_requests() -> Dispatcher:
     return _Pushed(lambda fit: min(fit, key=lambda r: (r.running + len(r.line), r.order)))
 
 
-DISPATCHERS: dict[str, Callable[[], Dispatcher]] = {
+DISPATCHERS: dict[str, Callable[[], Dispatcher | None]] = {
     "round-robin": round_robin,
     "random": at_random,
     "least-requests": least_requests,
-    "gpuplan": ByCompletion,
+    "gpuplan": lambda: None,
 }
 
 
@@ -140,7 +140,7 @@ def capacity_per_s(scenario: Scenario, rows: list[traces.TraceRow]) -> float:
     return 0.9 * len(done) / float(done[int(0.9 * len(done))])
 
 
-def figures(scenario: Scenario, asked: Schedule, dispatcher: Dispatcher) -> Figures:
+def figures(scenario: Scenario, asked: Schedule, dispatcher: Dispatcher | None) -> Figures:
     run = simulate(
         scenario, deployment.resolve(scenario), asked, ServiceTimes({}), keep_telemetry=False, dispatcher=dispatcher
     )

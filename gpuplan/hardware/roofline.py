@@ -157,6 +157,7 @@ class StepCosts:
         )
         self._head = ((model.vocabulary // ways, hidden),)
         self._queries, self._keys = queries, keys
+        self._weights_bytes, self._kv_bytes = model.weights_bytes, model.kv_bytes_per_token
         # Kept, as a simulation asks for the same few counts millions of times.
         self._by_tokens_s: dict[int, float] = {}
         self._by_samples_s: dict[int, float] = {}
@@ -183,7 +184,7 @@ class StepCosts:
     def memory_bytes(self, load: StepLoad) -> int:
         """Bytes held on each card during a step: weights, runtime, the KV cache it works on, and activations beyond
         those that the runtime keeps room for."""
-        resident = memory_used_bytes(self._model, load.kv_tokens, tensor_parallel=self._ways)
+        resident = RUNTIME_MEMORY_BYTES + (self._weights_bytes + load.kv_tokens * self._kv_bytes) // self._ways
         activations = load.tokens * self._elementwise_bytes_per_token
         return resident + max(activations - ACTIVATIONS_KEPT_FREE_BYTES, 0)
 

@@ -173,7 +173,7 @@ class Trials:
     def whole(self, deployment: Deployment, *, seed: int = 0) -> Summary:
         """All models of the deployment together, as they will run."""
         schedule = self.schedule(None, seed, 1.0)
-        figures = self._simulated("all models", self.scenario, deployment, schedule, seed)
+        figures = self._simulated("all models", self.scenario, deployment, schedule, seed, rows=True)
         assert figures is not None, "nothing stops it early"
         return figures
 
@@ -245,12 +245,13 @@ class Trials:
         seed: int,
         *,
         early_stop: bool = False,
+        rows: bool = False,
     ) -> Summary | None:
         with self._lock:
             self.simulations += 1
         spec = _spec_of(deployment, self.scenario.deployment)
         asked = msgspec.structs.replace(_lasting(scenario, schedule.duration_s), deployment=spec)
-        candidate = Candidate(name, asked, self.scenario.seed + seed, schedule, early_stop=early_stop)
+        candidate = Candidate(name, asked, self.scenario.seed + seed, schedule, early_stop=early_stop, rows=rows)
         return self.workers.simulate(candidate, self.times).summary
 
 

@@ -70,11 +70,10 @@ class Gate:
         traffic = self._traffic(event.traffic_class)
         if not self.leave(event.request_id) and (refused := self._ask(event, traffic, now_s)):
             return refused
-        tokens = event.prompt_tokens + event.output_tokens
-        waits_s = [limiter.tokens.wait_s(tokens, now_s=now_s) for limiter in self._limits(traffic, event.key)]
-        if any(waits_s):
-            return refusal(event.request_id, "rate_limited", max(waits_s))
-        return traffic
+        tokens, wait_s = event.prompt_tokens + event.output_tokens, 0.0
+        for limiter in self._limits(traffic, event.key):
+            wait_s = max(wait_s, limiter.tokens.wait_s(tokens, now_s=now_s))
+        return refusal(event.request_id, "rate_limited", wait_s) if wait_s else traffic
 
     def charge(self, s: Sequence, key: str, now_s: float) -> None:
         """The request is let in: its prompt and all that it may get are taken from what its class and key have."""
@@ -87,10 +86,11 @@ class Gate:
         most = traffic.spec.max_queue_size
         if most is not None and traffic.waiting >= most:
             return refusal(event.request_id, "class_full", traffic.drain.wait_s(traffic.waiting))
-        limiters = self._limits(traffic, event.key)
-        waits_s = [limiter.requests.wait_s(1, now_s=now_s) for limiter in limiters]
-        if any(waits_s):
-            return refusal(event.request_id, "rate_limited", max(waits_s))
+        limiters, wait_s = self._limits(traffic, event.key), 0.0
+        for limiter in limiters:
+            wait_s = max(wait_s, limiter.requests.wait_s(1, now_s=now_s))
+        if wait_s:
+            return refusal(event.request_id, "rate_limited", wait_s)
         for limiter in limiters:
             limiter.requests.take(1, now_s=now_s)
         return None

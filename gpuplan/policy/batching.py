@@ -7,7 +7,8 @@ from the first one's arrival.
 
 Decoders: iteration-level batching (Yu et al., Orca, OSDI 2022). Every running sequence gets one token a step; new
 ones join between steps; at most `max_batch_tokens` tokens run in a step, so a long prompt is read in chunks and the
-others' tokens keep coming (Agrawal et al., Sarathi-Serve, OSDI 2024).
+others' tokens keep coming (Agrawal et al., Sarathi-Serve, OSDI 2024). Where nothing is left to read, the same step can
+be run until the first sequence has all its tokens: who drives may do so, and is told when somebody joins or leaves.
 """
 
 from __future__ import annotations
@@ -39,9 +40,11 @@ def single_step(model: ModelState, replica: ReplicaState, step_id: int, batch: l
     )
 
 
-def iteration(model: ModelState, replica: ReplicaState, step_id: int, group: list[Sequence] | None = None) -> RunStep:
+def iteration(
+    model: ModelState, replica: ReplicaState, step_id: int, group: list[Sequence] | None = None, steps_max: int = 1
+) -> RunStep:
     """One token for each decoding sequence (with `group`: of these), and as much of the waiting prompts as the token
-    budget leaves."""
+    budget leaves; up to `steps_max` times in a row."""
     decoding, prefilling, context_tokens = replica.decoding, replica.prefilling, replica.context_tokens
     if group is not None:
         decoding = [s for s in group if s.emitted]
@@ -60,6 +63,9 @@ def iteration(model: ModelState, replica: ReplicaState, step_id: int, group: lis
         budget -= chunk
         tokens += chunk
         first_tokens += last
+    steps = 1
+    if steps_max > 1 and not prefilling and group is None:
+        steps = min(steps_max, min([s.output_tokens - s.emitted for s in decoding]))
     return RunStep(
         replica.spec.id,
         step_id,
@@ -67,4 +73,5 @@ def iteration(model: ModelState, replica: ReplicaState, step_id: int, group: lis
         tuple([s.request_id for s in decoding]),
         StepLoad(tokens, pairs, len(decoding), context_tokens, len(decoding) + first_tokens),
         model.waiting,
+        steps,
     )

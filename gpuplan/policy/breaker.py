@@ -27,12 +27,24 @@ from gpuplan.scenario.demand import BreakerSpec
 class Breaker:
     """One breaker. Whatever changes its state returns the Trip that says so."""
 
-    __slots__ = ("_due_s", "_failed_in_row", "_open_s", "_outcomes", "_probing", "_spec", "name", "state")
+    __slots__ = (
+        "_due_s",
+        "_failed_in_row",
+        "_open_s",
+        "_outcomes",
+        "_probing",
+        "_spec",
+        "name",
+        "slow_factor",
+        "state",
+    )
 
     def __init__(self, name: str, spec: BreakerSpec) -> None:
         self.name = name
         self.state: BreakerState = "closed"
         self._spec = spec
+        self.slow_factor = spec.slow_factor
+        """From how many times as long as they should on, steps are slow."""
         self._outcomes: deque[bool] = deque(maxlen=spec.window)
         self._failed_in_row = 0
         self._open_s = spec.open
@@ -73,17 +85,12 @@ class Breaker:
     def slow(self, ratio: float, *, now_s: float) -> Trip | None:
         """Its steps take `ratio` times as long as they should (smoothed by the caller, who has a sound neighbour to
         compare with and to send requests to). For a step that succeeds, to be called before `record`."""
-        if ratio < self._spec.slow_factor:
+        if ratio < self.slow_factor:
             return None
         reason = f"steps take {ratio:.1f} times as long as they should"
         if self._probing:
             return self._reopen(reason, now_s)
         return self._open(reason, now_s) if self.state == "closed" else None
-
-    @property
-    def slow_factor(self) -> float:
-        """From how many times as long as they should on, steps are slow."""
-        return self._spec.slow_factor
 
     @property
     def probing(self) -> bool:

@@ -74,6 +74,12 @@ class ConcurrencyLimit:
         self._calm_steps = 0
         self._update()
 
+    def steps_done(self, carried: int, seconds: float, expected_s: float | None, steps: int) -> None:
+        """As many steps of `carried` requests have run in a row, each in `seconds`; by its model each would have taken
+        `expected_s`. What so many more of the same would say, WINDOW of them have said."""
+        for _ in range(min(steps, WINDOW)):
+            self.step_done(carried, seconds, expected_s)
+
     def step_done(self, carried: int, seconds: float, expected_s: float | None) -> None:
         """A step of `carried` requests has run, in `seconds`; by its model it would have taken `expected_s`."""
         if self.memory_limit < self._most and carried >= FULL * self.memory_limit:

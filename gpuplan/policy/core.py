@@ -23,7 +23,7 @@ from gpuplan.policy.admission import Gate, refusal
 from gpuplan.policy.breaker import Breaker
 from gpuplan.policy.concurrency import ConcurrencyLimit
 from gpuplan.policy.cost import pace_of
-from gpuplan.policy.dispatch import ByCompletion, Dispatcher
+from gpuplan.policy.dispatch import Dispatcher
 from gpuplan.policy.line import Line
 from gpuplan.policy.retries import RetryBudget
 from gpuplan.policy.scaling import Scaling
@@ -36,6 +36,7 @@ from gpuplan.policy.vocabulary import (
     BreakerState,
     Cancel,
     Complete,
+    Cut,
     Drain,
     Event,
     Fail,
@@ -54,16 +55,23 @@ from gpuplan.policy.vocabulary import (
 )
 from gpuplan.scenario.deployment import Deployment, Replica, role
 
+NEVER = float("inf")
 RETURN_S = 1.0
 """How long a replica that was lost is first taken to be away: a guess, doubled by the time that it is late."""
 
 
 class ServingCore:
-    """The decisions for one deployment. Not thread-safe: one driver, one event at a time, time never backwards."""
+    """The decisions for one deployment. Not thread-safe: one driver, one event at a time, time never backwards.
 
-    def __init__(self, deployment: Deployment, *, dispatcher: Dispatcher | None = None) -> None:
+    A driver that can run a step several times in a row says how often at most (`steps_max`); what such steps tell of
+    their replica's speed is heard when the last one is over. A `dispatcher` places requests otherwise than `dispatch`
+    does, for comparisons.
+    """
+
+    def __init__(self, deployment: Deployment, *, dispatcher: Dispatcher | None = None, steps_max: int = 1) -> None:
         self._deployment = deployment
-        self._dispatcher = dispatcher or ByCompletion()
+        self._dispatcher = dispatcher
+        self._steps_max = steps_max
         self._models = {
             name: ModelState(
                 name,
@@ -89,10 +97,8 @@ class ServingCore:
         self._steps = 0
         self._draining = False
         self._now_s = float("-inf")
-        self._doors: dict[type, Callable[[Any, list[Action]], ModelState | None]] = {
+        self._doors: dict[type, Callable[[Any, list[Action]], ModelState | None]] = {  # for what comes seldom
             Knock: self._knock,
-            Arrive: self._arrive,
-            StepDone: self._step_done,
             StepFailed: self._step_failed,
             Cancel: self._cancel,
             ReplicaUp: self._replica_up,
@@ -112,7 +118,13 @@ class ServingCore:
             for model in self._models.values():
                 self._start_steps(model, actions)
         else:
-            touched = self._doors[type(event)](event, actions)
+            kind = type(event)
+            if kind is StepDone:
+                touched = self._step_done(event, actions)  # type: ignore[arg-type]
+            elif kind is Arrive:
+                touched = self._arrive(event, actions)  # type: ignore[arg-type]
+            else:
+                touched = self._doors[kind](event, actions)
             if touched is not None:
                 self._start_steps(touched, actions)
                 if touched.retiring:
@@ -122,24 +134,22 @@ class ServingCore:
     def next_timer_s(self) -> float | None:
         """When to call `handle(Wake())` if nothing happens before: an idle replica's batch falls due, a deadline
         passes, a breaker is to be tried, or it is time to look whether replicas should come or go."""
-        return min(self._timers_s(), default=None)
-
-    def _timers_s(self) -> Iterator[float]:
-        while self._deadlines and not self._awaits_deadline(*self._deadlines[0]):
+        while self._deadlines and not self._awaits_deadline(self._deadlines[0][0], self._deadlines[0][1]):
             heapq.heappop(self._deadlines)
-        if self._deadlines:
-            yield self._deadlines[0][0]
+        first_s = self._deadlines[0][0] if self._deadlines else NEVER
         if self._scaling.next_look_s is not None and not self._draining:
-            yield self._scaling.next_look_s
+            first_s = min(first_s, self._scaling.next_look_s)
         for model in self._models.values():
             if (due_s := model.breaker.due_s()) is not None:
-                yield due_s
+                first_s = min(first_s, due_s)
+            waits = model.waiting > 0 and not model.decoder
             for replica in model.replicas:
                 if (due_s := replica.breaker.due_s()) is not None:
-                    yield due_s
-                head = replica.line.head() if model.waiting and not model.decoder and replica.idle else None
+                    first_s = min(first_s, due_s)
+                head = replica.line.head() if waits and replica.idle else None
                 if head is not None and replica.has_room_for(head):
-                    yield batching.batch_due_s(model, replica, head)
+                    first_s = min(first_s, batching.batch_due_s(model, replica, head))
+        return first_s if first_s < NEVER else None
 
     @property
     def at_the_door(self) -> int:
@@ -262,7 +272,12 @@ class ServingCore:
             # Never while a replica has nothing to do and could start it at once.
             free = next((r for r in _free(model) if r.has_room_for(s)), None)
             return free or refusal(s.request_id, "queue_full", model.drain.wait_s(model.waiting))
-        return self._dispatcher.chosen(model, s, now_s=self._now_s) or health.circuit_open(model, s, self._now_s)
+        return self._chosen(model, s) or health.circuit_open(model, s, self._now_s)
+
+    def _chosen(self, model: ModelState, s: Sequence) -> ReplicaState | None:
+        if self._dispatcher is not None:
+            return self._dispatcher.chosen(model, s, now_s=self._now_s)
+        return dispatch.chosen(model, s, self._now_s)
 
     def _assign(
         self, replica: ReplicaState, s: Sequence, expected_s: float, actions: list[Action], taken_from: str = ""
@@ -272,16 +287,16 @@ class ServingCore:
         replica.wait(s)
         actions.append(Assign(s.request_id, replica.spec.id, ahead, expected_s, taken_from))
 
-    def _move(self, replica: ReplicaState, actions: list[Action]) -> None:
-        """Whoever waits for this replica waits for another that welcomes it, or stays if this one comes back."""
-        for s in sorted(replica.line, key=lambda s: s.request_id):
+    def _move(self, replica: ReplicaState, waiting: Iterable[Sequence], actions: list[Action]) -> None:
+        """Those who wait for this replica wait for another that welcomes them, or stay if this one comes back."""
+        for s in sorted(waiting, key=lambda s: s.request_id):
             if replica.available and not any(r.welcomes and r.could_hold(s) for r in s.model.replicas):
                 continue
             replica.wait_no_longer(s)
             self._place_again(s, replica, actions)
 
     def _place_again(self, s: Sequence, came_from: ReplicaState, actions: list[Action]) -> None:
-        home = self._dispatcher.chosen(s.model, s, now_s=self._now_s)
+        home = self._chosen(s.model, s)
         if home is None:  # nobody welcomes it: it waits for one that will be tried again
             home = next((r for r in s.model.replicas if r.available and r.could_hold(s)), None)
         if home is None:
@@ -322,11 +337,11 @@ class ServingCore:
         if len(step.decodes) < len(ran):  # one group of several that take turns
             ran = [s for s in ran if s.request_id in step.decodes]
         for s in ran:
-            s.emitted += 1
-        replica.context_tokens += len(ran)
+            s.emitted += event.steps
+        replica.context_tokens += len(ran) * event.steps
         if step.prefills:
             self._prefilled(replica, step)
-        health.step_done(model, replica, step, self._now_s, actions)
+        health.step_done(model, replica, step, event.steps, self._now_s, actions)
         self._drop_cancelled(replica)
         for request_id, reason in event.failed:
             unanswered = self._sequences.get(request_id)
@@ -403,6 +418,7 @@ class ServingCore:
         self._drop_cancelled(replica)
         replica.turns.clear()
         suspects = {p.request_id for p in running.prefills} if running else ()
+        waited = list(replica.line)
         for s in sorted(replica.sequences(), key=lambda s: s.request_id):
             s.losses += s.request_id in suspects
             started = s.prefilled > 0 or s.request_id in suspects
@@ -412,7 +428,7 @@ class ServingCore:
                 self._place_again(s, replica, actions)
             else:
                 self._fail([s], "replica_lost", actions)
-        self._move(replica, actions)
+        self._move(replica, waited, actions)
         return model
 
     def _version_added(self, event: VersionAdded, actions: list[Action]) -> ModelState | None:
@@ -433,7 +449,8 @@ class ServingCore:
             model.retiring += not leaving.retiring
             leaving.retiring, leaving.phase = True, "serving"
         for replica_id in event.old:
-            self._move(self._replicas[replica_id], actions)
+            leaving = self._replicas[replica_id]
+            self._move(leaving, leaving.line, actions)
         return model
 
     def _version_dropped(self, event: VersionDropped, actions: list[Action]) -> ModelState | None:
@@ -441,7 +458,7 @@ class ServingCore:
         model, replica = self._model_of[event.replica_id], self._replicas.pop(event.replica_id)
         model.replicas.remove(replica)
         replica.place.remove(replica)
-        self._move(replica, actions)
+        self._move(replica, replica.line, actions)
         return model
 
     def _unload(self, model: ModelState, actions: list[Action]) -> None:
@@ -483,7 +500,7 @@ class ServingCore:
             health.wake(model, self._now_s, actions)
         if not self._draining:
             for replica in self._scaling.look(self._now_s, actions):
-                self._move(replica, actions)
+                self._move(replica, replica.line, actions)
         for model in self._models.values():
             if model.retiring:
                 self._unload(model, actions)
@@ -498,13 +515,18 @@ class ServingCore:
         """Starts whatever can start: afterwards no idle replica has work that is due."""
         for replica in model.replicas:
             if replica.breaker.state == "open" and len(replica.line) and any(r.welcomes for r in model.replicas):
-                self._move(replica, actions)
+                self._move(replica, replica.line, actions)
         for replica in model.replicas:
             if replica.step is None and replica.up:
                 if model.decoder:
                     self._start_iteration(model, replica, actions)
                 else:
                     self._start_batch(model, replica, actions)
+            elif replica.step is not None and replica.step.steps > 1 and not replica.cut:
+                head = replica.line.head()
+                if replica.cancelled or (head is not None and replica.has_room_for(head)):
+                    replica.cut = True
+                    actions.append(Cut(replica.spec.id, replica.step.step_id))
 
     def _start_iteration(self, model: ModelState, replica: ReplicaState, actions: list[Action]) -> None:
         while (head := replica.line.head()) is not None and replica.has_room_for(head):
@@ -513,7 +535,8 @@ class ServingCore:
             self._steal(model, replica, actions)
         if replica.running:
             group = failures.next_turn(replica, self._sequences)
-            self._start(replica, batching.iteration(model, replica, self._steps + 1, group), actions)
+            step = batching.iteration(model, replica, self._steps + 1, group, self._steps_max)
+            self._start(replica, step, actions)
 
     def _start_batch(self, model: ModelState, replica: ReplicaState, actions: list[Action]) -> None:
         if replica.turns and (group := failures.next_turn(replica, self._sequences)):
@@ -533,7 +556,9 @@ class ServingCore:
 
     def _steal(self, model: ModelState, replica: ReplicaState, actions: list[Action]) -> None:
         """Takes over what would be answered later where it waits, as long as there is room."""
-        while self._dispatcher.steals and (s := dispatch.to_steal(model, replica, now_s=self._now_s)) is not None:
+        if self._dispatcher is not None and not self._dispatcher.steals:
+            return
+        while (s := dispatch.to_steal(model, replica, now_s=self._now_s)) is not None:
             if not model.decoder and _suspected(replica, s):
                 return
             home = s.home
@@ -545,7 +570,7 @@ class ServingCore:
     def _start(self, replica: ReplicaState, step: RunStep, actions: list[Action]) -> None:
         self._steps = step.step_id
         replica.step = step
-        replica.step_began_s, replica.step_ends_s = self._now_s, self._now_s + replica.pace.step_s(step.load)
+        replica.step_began_s, replica.step_s, replica.cut = self._now_s, replica.pace.step_s(step.load), False
         actions.append(step)
 
     def _fail(self, sequences: Iterable[Sequence], reason: str, actions: list[Action]) -> None:

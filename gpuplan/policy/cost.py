@@ -11,7 +11,6 @@ step's time divides among its parts; then the drift is what measures, and until 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
 
 from gpuplan.hardware.catalog import Gpu
 from gpuplan.hardware.profiles import Profile
@@ -28,13 +27,16 @@ OUTLIER = 3.0
 change shows in the next steps too."""
 
 
-class StepLine(NamedTuple):
+class StepLine:
     """Seconds of a step: fixed, and for each prompt token, each decoding sequence, and each token of their context."""
 
-    fixed: float
-    prompt_token: float
-    decode: float
-    context_token: float
+    __slots__ = ("context_token", "decode", "fixed", "prompt_token")
+
+    def __init__(self, fixed: float, prompt_token: float, decode: float, context_token: float) -> None:
+        self.fixed = fixed
+        self.prompt_token = prompt_token
+        self.decode = decode
+        self.context_token = context_token
 
 
 GUESS = StepLine(8.0, 1.0, 4.0, 0.0)
@@ -84,13 +86,16 @@ class Pace:
         decoding = output_tokens * (line.decode + context)
         return self.drift * (line.fixed * steps / batch + line.prompt_token * prompt_tokens + decoding)
 
-    def ran(self, load: StepLoad, seconds: float) -> float:
-        """A step has taken so long; gives how long it would have taken without drift."""
-        expected_s = self.undrifted_s(load)
+    def ran(self, load: StepLoad, seconds: float, steps: int = 1) -> float:
+        """A step, or each of several in a row, has taken so long; gives how long it would have taken without drift.
+        `load` is of the first: with each that follows, the context grows by a token for every sequence."""
+        expected_s = self.undrifted_s(load) + self._line.context_token * load.decodes * (steps - 1) / 2
         if self.known:
             seconds = min(seconds, OUTLIER * self.drift * expected_s)
-        self._expected_s = self._expected_s * DECAY + expected_s
-        self._measured_s = self._measured_s * DECAY + seconds
+        kept = DECAY**steps
+        counts = (1.0 - kept) / (1.0 - DECAY)
+        self._expected_s = self._expected_s * kept + expected_s * counts
+        self._measured_s = self._measured_s * kept + seconds * counts
         self.drift = self._measured_s / self._expected_s
         self.known = True
         return expected_s

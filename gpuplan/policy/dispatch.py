@@ -15,7 +15,7 @@ has started is never moved.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from gpuplan.policy.line import NOBODY, Ahead
 from gpuplan.policy.state import ModelState, ReplicaState, Sequence
@@ -24,7 +24,7 @@ MANY = 16
 SPREAD = 0.1
 """A full replica's estimate counts for so much more than an empty one's: estimates are off by some percent, and what is
 spread loses less when one replica is lost."""
-DIGITS = 6
+PER_S = 1e6
 """Estimates are in whole microseconds, so that a log replayed on a clock that began elsewhere gives the same ties."""
 FIRST_TOKEN = 8.0
 """`benchmarks/dispatch.py`, Azure's conversations at 80 % load: with 1, p95 TTFT is 2.4 times as long as with 8, and
@@ -35,34 +35,38 @@ worth it is a replica left without work."""
 
 
 class Dispatcher(Protocol):
-    """How the core places what has come. `chosen` gives None where no replica may take it."""
+    """Other rules than these, for comparisons. `chosen` gives None where no replica may take it; `steals`: whether an
+    idle replica takes over what waits for another."""
 
     steals: bool
 
     def chosen(self, model: ModelState, s: Sequence, *, now_s: float) -> ReplicaState | None: ...
 
 
-class ByCompletion:
-    """The rules above."""
+def chosen(model: ModelState, s: Sequence, now_s: float) -> ReplicaState | None:
+    """The replica that a sequence is to wait for; None where none may take it."""
+    fit = [r for r in model.replicas if r.welcomes and r.could_hold(s)]
+    if len(fit) < 2:
+        return fit[0] if fit else None
+    if len(fit) > MANY:
+        fit = _two_of(fit, s.request_id)
+    best = fit[0]
+    least, taken = _score(best, s, now_s), best.running + len(best.line)
+    for replica in fit[1:]:
+        score = _score(replica, s, now_s)
+        if score < least or (score == least and replica.running + len(replica.line) < taken):
+            best, least, taken = replica, score, replica.running + len(replica.line)
+    return best
 
-    steals = True
 
-    def chosen(self, model: ModelState, s: Sequence, *, now_s: float) -> ReplicaState | None:
-        replicas = model.replicas
-        if len(replicas) == 1:
-            only = replicas[0]
-            return only if only.welcomes and only.could_hold(s) else None
-        fit = [r for r in replicas if r.welcomes and r.could_hold(s)]
-        if len(fit) > MANY:
-            fit = _two_of(fit, s.request_id)
-        return min(fit, key=lambda r: (_score(r, s, now_s), r.running + len(r.line), r.order), default=None)
-
-
-class Expected(NamedTuple):
+class Expected:
     """Seconds until a replica would give a sequence its first token, or its one answer, and that the rest takes."""
 
-    first_s: float
-    rest_s: float
+    __slots__ = ("first_s", "rest_s")
+
+    def __init__(self, first_s: float, rest_s: float) -> None:
+        self.first_s = _whole(first_s)
+        self.rest_s = _whole(rest_s)
 
     @property
     def finish_s(self) -> float:
@@ -85,7 +89,7 @@ def expected(replica: ReplicaState, s: Sequence, *, now_s: float, ahead: Ahead |
         before = ahead.requests + replica.running * (replica.step is None)
         steps = 1 + before // limit
         prompts_s = pace.prompt_s(ahead.prompt_tokens + s.prompt_tokens)
-        return Expected(round(free_s + steps * pace.alone_s(0) + prompts_s, DIGITS), 0.0)
+        return Expected(free_s + steps * pace.alone_s(0) + prompts_s, 0.0)
     running = replica.running
     together = running + ahead.requests + 1
     sequences = min(together, replica.limit.limit)
@@ -107,7 +111,11 @@ def expected(replica: ReplicaState, s: Sequence, *, now_s: float, ahead: Ahead |
         if share > 0:
             start_s = max(start_s, share * step_s * replica.expected_tokens / running)
     start_s += free_s + pace.prompt_s(s.prompt_tokens)
-    return Expected(round(start_s, DIGITS), round(s.expected_tokens * step_s, DIGITS))
+    return Expected(start_s, s.expected_tokens * step_s)
+
+
+def _whole(seconds: float) -> float:
+    return int(seconds * PER_S + 0.5) / PER_S
 
 
 def free_after_s(replica: ReplicaState, now_s: float) -> float:
@@ -115,7 +123,13 @@ def free_after_s(replica: ReplicaState, now_s: float) -> float:
     again."""
     if not replica.up:
         return abs(replica.ready_s - now_s)
-    return abs(replica.step_ends_s - now_s) if replica.step is not None else 0.0
+    step = replica.step
+    if step is None:
+        return 0.0
+    since_s, step_s = now_s - replica.step_began_s, replica.step_s
+    if step.steps > 1 and since_s < step.steps * step_s:  # it can be cut after any of them
+        return step_s - since_s % step_s
+    return abs(step.steps * step_s - since_s)
 
 
 def to_steal(model: ModelState, thief: ReplicaState, *, now_s: float) -> Sequence | None:
@@ -139,7 +153,10 @@ def _starts_soon(replica: ReplicaState, s: Sequence, now_s: float) -> bool:
     late by more than its own length."""
     if not replica.has_room_for(s):
         return False
-    return replica.step is None or (s.output_tokens > 0 and now_s <= 2 * replica.step_ends_s - replica.step_began_s)
+    step = replica.step
+    if step is None:
+        return True
+    return s.output_tokens > 0 and now_s - replica.step_began_s <= (step.steps + 1) * replica.step_s
 
 
 def _score(replica: ReplicaState, s: Sequence, now_s: float) -> float:

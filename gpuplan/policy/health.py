@@ -31,13 +31,16 @@ def record(
             actions.append(trip)
 
 
-def step_done(model: ModelState, replica: ReplicaState, step: RunStep, now_s: float, actions: list[Action]) -> None:
-    """A step has run. Tells the replica's pace and limit, and its breaker when it was too slow. To be called before
-    what came of its requests is recorded: of one that has opened meanwhile they say nothing, of the model they do."""
-    seconds = now_s - replica.step_began_s
-    expected_s = replica.pace.ran(step.load, seconds)
+def step_done(
+    model: ModelState, replica: ReplicaState, step: RunStep, steps: int, now_s: float, actions: list[Action]
+) -> None:
+    """A step has run, so many times in a row. Tells the replica's pace and limit, and its breaker when it was too slow.
+    To be called before what came of its requests is recorded: of one that has opened meanwhile they say nothing, of the
+    model they do."""
+    seconds = (now_s - replica.step_began_s) / steps
+    expected_s = replica.pace.ran(step.load, seconds, steps)
     carried = len(step.prefills) + len(step.decodes)
-    replica.limit.step_done(carried, seconds, expected_s if replica.pace.by_roofline else None)
+    replica.limit.steps_done(carried, seconds, expected_s if replica.pace.by_roofline else None, steps)
     if len(model.replicas) == 1 or seconds <= 0.0:
         return
     neighbours = [r.pace.drift for r in model.replicas if r is not replica and _compares(replica, r)]
@@ -47,7 +50,7 @@ def step_done(model: ModelState, replica: ReplicaState, step: RunStep, now_s: fl
     if ratio < replica.breaker.slow_factor:
         replica.slow_steps = 0
         return
-    replica.slow_steps += 1
+    replica.slow_steps += steps
     if replica.slow_steps < SLOW_STEPS and replica.breaker.state == "closed":
         return
     trip = replica.breaker.slow(ratio, now_s=now_s)

@@ -11,43 +11,51 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gpuplan.policy.state import Sequence
 
 PATIENCE_S = 60.0
 """In the order alone: as Nginx's and most clients' time limit."""
-Entry = tuple[float, int, "Sequence"]
+Entry = tuple[float, int, int, "Sequence"]
+"""When it is due, its number, its ticket, and who it is."""
 
 
-class Ahead(NamedTuple):
+class Ahead:
     """What goes before a sequence of some priority: requests, their prompt tokens, and the KV cache of all of them."""
 
-    requests: int
-    prompt_tokens: int
-    kv_tokens: int
+    __slots__ = ("kv_tokens", "prompt_tokens", "requests")
+
+    def __init__(self, requests: int, prompt_tokens: int, kv_tokens: int) -> None:
+        self.requests = requests
+        self.prompt_tokens = prompt_tokens
+        self.kv_tokens = kv_tokens
 
 
 NOBODY = Ahead(0, 0, 0)
 
 
-class _Level:
-    """One priority's heap. Entries of sequences that have left are dead: they go when they come to the top, or when
-    there are more of them than of the living."""
+class _Level(Ahead):
+    """One priority's heap, and what is in it. Entries of sequences that have left, or come anew, are dead: theirs is no
+    longer the sequence's ticket. They go when they come to the top, or when there are more of them than of the
+    living."""
 
-    __slots__ = ("count", "heap", "kv_tokens", "priority", "prompt_tokens")
+    __slots__ = ("heap", "priority")
 
     def __init__(self, priority: int) -> None:
+        super().__init__(0, 0, 0)
         self.priority = priority
         self.heap: list[Entry] = []
-        self.count = self.prompt_tokens = self.kv_tokens = 0
 
     def top(self) -> Sequence | None:
         heap = self.heap
-        while heap and heap[0][2].entry is not heap[0]:
+        while heap:
+            _, _, ticket, s = heap[0]
+            if s.ticket == ticket:
+                return s
             heapq.heappop(heap)
-        return heap[0][2] if heap else None
+        return None
 
 
 class Line:
@@ -61,18 +69,18 @@ class Line:
 
     def __len__(self) -> int:
         levels = self._levels
-        return levels[0].count if len(levels) == 1 else sum(level.count for level in levels)
+        return levels[0].requests if len(levels) == 1 else sum([level.requests for level in levels])
 
     def __iter__(self) -> Iterator[Sequence]:
         """In no order in particular."""
-        return (entry[2] for level in self._levels for entry in level.heap if entry[2].entry is entry)
+        return (s for level in self._levels for _, _, ticket, s in level.heap if s.ticket == ticket)
 
     def push(self, s: Sequence) -> None:
         level = self._level(s.priority)
         due_s = s.arrived_s + PATIENCE_S if s.deadline_s is None else s.deadline_s
-        s.entry = entry = (due_s, s.request_id, s)
-        heapq.heappush(level.heap, entry)
-        level.count += 1
+        s.ticket += 1
+        heapq.heappush(level.heap, (due_s, s.request_id, s.ticket, s))
+        level.requests += 1
         level.prompt_tokens += s.prompt_tokens
         level.kv_tokens += s.kv_tokens
 
@@ -89,28 +97,27 @@ class Line:
     def remove(self, s: Sequence) -> None:
         """It must be here."""
         level = self._level(s.priority)
-        s.entry = None
-        level.count -= 1
+        s.ticket += 1
+        level.requests -= 1
         level.prompt_tokens -= s.prompt_tokens
         level.kv_tokens -= s.kv_tokens
-        if len(level.heap) > 2 * level.count + 16:
-            level.heap = [entry for entry in level.heap if entry[2].entry is entry]
+        if len(level.heap) > 2 * level.requests + 16:
+            level.heap = [entry for entry in level.heap if entry[3].ticket == entry[2]]
             heapq.heapify(level.heap)
 
     def ahead_of(self, priority: int) -> Ahead:
-        """Those of this priority and of the more urgent ones; who would go last of them is not told apart."""
+        """Those of this priority and of the more urgent ones; who would go last of them is not told apart. To be read
+        at once: it changes with the line."""
         levels = self._levels
         if len(levels) == 1:
-            level = levels[0]
-            if level.priority > priority:
-                return NOBODY
-            return Ahead(level.count, level.prompt_tokens, level.kv_tokens)
-        before = [level for level in levels if level.priority <= priority]
-        return Ahead(
-            sum(level.count for level in before),
-            sum(level.prompt_tokens for level in before),
-            sum(level.kv_tokens for level in before),
-        )
+            return levels[0] if levels[0].priority <= priority else NOBODY
+        ahead = Ahead(0, 0, 0)
+        for level in levels:
+            if level.priority <= priority:
+                ahead.requests += level.requests
+                ahead.prompt_tokens += level.prompt_tokens
+                ahead.kv_tokens += level.kv_tokens
+        return ahead
 
     def _level(self, priority: int) -> _Level:
         for level in self._levels:

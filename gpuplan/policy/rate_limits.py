@@ -50,27 +50,15 @@ class TokenBucket:
 
 
 class RateLimiter:
-    """The two buckets of one rule.
-
-    What is known at once is asked at once, by the methods below. A server that knows of a request before it knows how
-    long it is asks the buckets themselves: `requests` for one when its head is there, `tokens` when its prompt has been
-    counted. One that is refused then has used up its request all the same, as with OpenAI's limits.
-    """
+    """The two buckets of one rule: `requests` is asked for one when a request's head is there, `tokens` when its prompt
+    has been counted (prompt and most output together). One that is refused then has used up its request all the same,
+    as with OpenAI's limits."""
 
     __slots__ = ("requests", "tokens")
 
     def __init__(self, rule: RateLimit) -> None:
         self.requests = TokenBucket(rule.requests_per_s or math.inf, rule.burst)
         self.tokens = TokenBucket(rule.tokens_per_s or math.inf, rule.burst)
-
-    def wait_s(self, tokens: int, *, now_s: float) -> float:
-        """Seconds until one request with so many tokens (prompt and most output together) may go; 0 when it may now."""
-        return max(self.requests.wait_s(1, now_s=now_s), self.tokens.wait_s(tokens, now_s=now_s))
-
-    def take(self, tokens: int, *, now_s: float) -> None:
-        """One request with so many tokens goes."""
-        self.requests.take(1, now_s=now_s)
-        self.tokens.take(tokens, now_s=now_s)
 
     def give_back(self, tokens: int) -> None:
         """So many tokens were taken and not used: the answer ended early, or there was none."""

@@ -10,7 +10,7 @@ from typing import Literal
 from gpuplan.policy.breaker import Breaker
 from gpuplan.policy.concurrency import ConcurrencyLimit
 from gpuplan.policy.cost import Outputs, Pace
-from gpuplan.policy.line import Entry, Line
+from gpuplan.policy.line import Line
 from gpuplan.policy.rate_limits import RateLimiter
 from gpuplan.policy.vocabulary import RunStep
 from gpuplan.scenario.demand import BatchingSpec, ClassSpec
@@ -63,7 +63,6 @@ class Sequence:
         "cancelled",
         "deadline_s",
         "emitted",
-        "entry",
         "expected_tokens",
         "home",
         "limiters",
@@ -76,6 +75,7 @@ class Sequence:
         "prompt_tokens",
         "replica",
         "request_id",
+        "ticket",
         "traffic",
         "work_s",
     )
@@ -106,7 +106,7 @@ class Sequence:
         self.losses = 0
         self.cancelled = self.probe = False
         self.work_s = 0.0
-        self.entry: Entry | None = None
+        self.ticket = 0
         self.home: ReplicaState | None = None
         self.replica: ReplicaState | None = None
 
@@ -126,7 +126,8 @@ class ReplicaState:
 
     `turns` are groups that run one after the other, the last one first, before everybody runs together again: the
     halves of a step that failed. `slow_steps` counts those in a row that took much longer than a neighbour's would.
-    `answered` is how many requests its last step answered, at `answered_s`.
+    `answered` is how many requests its last step answered, at `answered_s`. The step that runs, from `step_began_s` on,
+    should take `step_s` each time; `cut` when it is not to be run again.
     """
 
     __slots__ = (
@@ -135,6 +136,7 @@ class ReplicaState:
         "breaker",
         "cancelled",
         "context_tokens",
+        "cut",
         "decoding",
         "expected_tokens",
         "kv_reserved",
@@ -153,7 +155,7 @@ class ReplicaState:
         "spec",
         "step",
         "step_began_s",
-        "step_ends_s",
+        "step_s",
         "turns",
         "unloaded",
         "up",
@@ -185,7 +187,9 @@ class ReplicaState:
         self.slow_steps = 0
         self.turns: list[list[Sequence]] = []
         self.step: RunStep | None = None
-        self.step_began_s = self.step_ends_s = float("-inf")
+        self.step_began_s = float("-inf")
+        self.step_s = 0.0
+        self.cut = False
         self.answered = 0
         self.answered_s = float("-inf")
         self.prefilling: list[Sequence] = []

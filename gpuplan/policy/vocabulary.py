@@ -61,13 +61,15 @@ class Arrive(Word, frozen=True):
 
 class StepDone(Word, frozen=True):
     """A step has run. `ended` names sequences whose engine met an end of text before their limit, `failed` those that
-    it has no answer for, and why; `late_s` is how much later than an emulated card would have the host ended it."""
+    it has no answer for, and why; `late_s` is how much later than an emulated card would have the host ended it; it
+    ran `steps` times in a row."""
 
     replica_id: str
     step_id: int
     ended: tuple[int, ...] = ()
     failed: tuple[tuple[int, str], ...] = ()
     late_s: float | None = None
+    steps: int = 1
 
 
 class StepFailed(Word, frozen=True):
@@ -176,7 +178,8 @@ class Prefill(Struct, frozen=True, array_like=True):
 
 
 class RunStep(Word, frozen=True):
-    """Run one step on an idle replica: prefill these, decode one token for those."""
+    """Run one step on an idle replica: prefill these, decode one token for those. It may be run up to `steps` times in
+    a row before its driver reports: nothing would be decided in between, unless a `Cut` comes."""
 
     replica_id: str
     step_id: int
@@ -184,12 +187,20 @@ class RunStep(Word, frozen=True):
     decodes: tuple[int, ...]
     load: StepLoad
     waiting: int
+    steps: int = 1
 
     def answered(self) -> tuple[int, ...]:
         """The requests that get a token (or their one answer) when the step is done."""
         if not self.prefills:
             return self.decodes
         return (*self.decodes, *(p.request_id for p in self.prefills if p.last))
+
+
+class Cut(Word, frozen=True):
+    """Something is to be decided when the step that runs is over: do not run it again before reporting."""
+
+    replica_id: str
+    step_id: int
 
 
 class Complete(Word, frozen=True):
@@ -239,7 +250,7 @@ class StopReplica(Word, frozen=True):
     replica_id: str
 
 
-Action = Assign | Reject | RunStep | Complete | Fail | Unload | Trip | Scale | StartReplica | StopReplica
+Action = Assign | Reject | RunStep | Cut | Complete | Fail | Unload | Trip | Scale | StartReplica | StopReplica
 
 
 class Decision(Struct, frozen=True):

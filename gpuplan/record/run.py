@@ -12,6 +12,7 @@ History of the schema:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -121,12 +122,31 @@ class RunMeta(msgspec.Struct, frozen=True, kw_only=True):
     gpuplan_version: str = ""
 
 
+class StepCounts:
+    """A model's steps, where they were only counted: how many of each size, and their seconds together."""
+
+    __slots__ = ("busy_s", "by_size", "steps")
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.by_size: dict[int, int] = {}
+        self.busy_s = 0.0
+
+    def add(self, size: int, steps: int, seconds: float) -> None:
+        """So many steps of one size took so long together."""
+        self.steps += steps
+        self.by_size[size] = self.by_size.get(size, 0) + steps
+        self.busy_s += seconds
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The whole record. Tables hold the columns above; `decisions` the core's log, line by line, or nothing."""
+    """The whole record. Tables hold the columns above; `decisions` the core's log, line by line, or nothing. A
+    simulation that kept no rows has requests without their tokens' times, and `steps` by model instead of batches."""
 
     meta: RunMeta
     requests: pd.DataFrame
     batches: pd.DataFrame
     telemetry: pd.DataFrame
     decisions: tuple[bytes, ...] = ()
+    steps: Mapping[str, StepCounts] | None = None

@@ -84,7 +84,7 @@ def read(folder: Path) -> Run:
     except (OSError, ValueError, TypeError, AttributeError, msgspec.ValidationError) as error:
         reason = (error.strerror or "") if isinstance(error, OSError) else str(error)
         raise InputError(f"not a run folder: {reason}", key="RUN", value=str(folder)) from None
-    return Run(meta, **tables, decisions=decisions)
+    return Run(meta, tables["requests"], tables["batches"], tables["telemetry"], decisions)
 
 
 def write_server_rows(rows: ServerRows, about: dict[str, Any], folder: Path) -> None:

@@ -93,7 +93,7 @@ def latencies_ms(requests: pd.DataFrame) -> dict[str, Floats]:
     first, last, tokens = _column(done, "first_token_s"), _column(done, "done_s"), _column(done, "tokens")
     several = tokens >= 2
     with_first = ~np.isnan(first)
-    gaps = [np.asarray(g, dtype=np.float64) for g in done["gaps_ms"] if g is not None and len(g)]
+    gaps = [np.asarray(g, dtype=np.float64) for g in done.get("gaps_ms", ()) if g is not None and len(g)]
     return {
         "ttft_ms": latency_ms(scheduled, first)[with_first],
         "tpot_ms": tpot_ms(first[several], last[several], tokens[several]),
@@ -228,7 +228,7 @@ def _figures(requests: pd.DataFrame, goods: int, measured_s: float) -> dict[str,
     return {
         "requests": len(requests),
         "completed": len(completed),
-        "errors": {str(k): int(n) for k, n in failed["error"].value_counts().items()},
+        "errors": {str(k): int(n) for k, n in failed["error"].value_counts().items() if n},
         "rejected": int((requests["status"] == "rejected").sum()),
         "request_throughput": len(completed) / measured_s,
         "output_throughput": float(completed["tokens"].sum()) / measured_s,
@@ -242,17 +242,23 @@ def _figures(requests: pd.DataFrame, goods: int, measured_s: float) -> dict[str,
 
 
 def _model_figures(run: Run, scenario: Scenario, model: str, first_s: float) -> dict[str, Any]:
-    steps = run.batches[(run.batches["model"] == model) & (run.batches["started_s"] >= first_s)]
     depth = queue_depth(run.requests, model, np.arange(first_s, run.meta.measured_s, 0.05))
-    busy_s = float((steps["done_s"] - steps["started_s"]).sum())
+    if run.steps is not None:
+        counts = run.steps[model]
+        sizes = np.repeat(*np.array(sorted(counts.by_size.items()), dtype=np.int64).reshape(-1, 2).T)
+        steps_ms, busy_s = np.empty(0), counts.busy_s
+    else:
+        steps = run.batches[(run.batches["model"] == model) & (run.batches["started_s"] >= first_s)]
+        sizes, steps_ms = _column(steps, "batch_size"), (_column(steps, "done_s") - _column(steps, "started_s")) * 1e3
+        busy_s = float(steps_ms.sum()) / 1e3
     replicas = sum(r["model"] == model for r in run.meta.deployment["replicas"])
     span_s = max(run.meta.measured_s - first_s, 1e-9)
     return {
-        "steps": len(steps),
-        "batch_size": statistics(_column(steps, "batch_size")),
-        "step_ms": statistics((_column(steps, "done_s") - _column(steps, "started_s")) * 1e3),
+        "steps": len(sizes),
+        "batch_size": statistics(sizes),
+        "step_ms": statistics(steps_ms),
         "queue_depth": statistics(depth) if depth is not None else None,
-        "busy": min(busy_s / (span_s * replicas), 1.0) if len(steps) and replicas else None,
+        "busy": min(busy_s / (span_s * replicas), 1.0) if len(sizes) and replicas else None,
     }
 
 

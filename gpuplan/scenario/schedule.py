@@ -10,9 +10,11 @@ from __future__ import annotations
 import bisect
 import math
 import random
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 from gpuplan.errors import InputError
 from gpuplan.scenario import demand, traces
@@ -42,9 +44,64 @@ REQUESTS_MAX = 5_000_000
 class Schedule:
     """All requests in order of time. `clipped` counts drawn lengths that were cut to the model's context window."""
 
-    requests: tuple[ScheduledRequest, ...]
+    requests: Sequence[ScheduledRequest]
     duration_s: float
     clipped: int = 0
+
+
+class Columns(Sequence[ScheduledRequest]):
+    """Requests as columns, 18 bytes each: made when they are looked at. Numbered from 0 in their order.
+
+    `kinds` are the (traffic class, model) that `kind` counts from 0; `abandon_s` has those alone who hang up.
+    """
+
+    def __init__(self, kinds: Sequence[tuple[str, str]]) -> None:
+        self.kinds = tuple(kinds)
+        self.scheduled_s = array("d")
+        self.kind = array("H")
+        self.prompt_tokens = array("i")
+        self.output_tokens = array("i")
+        self.abandon_s: dict[int, float] = {}
+
+    @classmethod
+    def of(cls, requests: Iterable[ScheduledRequest]) -> Columns:
+        """These requests, which have to be numbered from 0 in their order."""
+        if isinstance(requests, Columns):
+            return requests
+        kinds: dict[tuple[str, str], int] = {}
+        columns = cls(())
+        for r in requests:
+            kind = kinds.setdefault((r.traffic_class, r.model), len(kinds))
+            columns.append(r.scheduled_s, kind, r.prompt_tokens, r.output_tokens, r.abandon_s)
+        columns.kinds = tuple(kinds)
+        return columns
+
+    def append(
+        self, scheduled_s: float, kind: int, prompt_tokens: int, output_tokens: int, abandon_s: float | None = None
+    ) -> None:
+        if abandon_s is not None:
+            self.abandon_s[len(self)] = abandon_s
+        self.scheduled_s.append(scheduled_s)
+        self.kind.append(kind)
+        self.prompt_tokens.append(prompt_tokens)
+        self.output_tokens.append(output_tokens)
+
+    def __len__(self) -> int:
+        return len(self.scheduled_s)
+
+    @overload
+    def __getitem__(self, at: int) -> ScheduledRequest: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[ScheduledRequest]: ...
+
+    def __getitem__(self, at: int | slice) -> ScheduledRequest | Sequence[ScheduledRequest]:
+        if isinstance(at, slice):
+            return tuple(self[i] for i in range(*at.indices(len(self))))
+        i = range(len(self))[at]
+        traffic_class, model = self.kinds[self.kind[i]]
+        tokens = (self.prompt_tokens[i], self.output_tokens[i])
+        return ScheduledRequest(i, self.scheduled_s[i], traffic_class, model, *tokens, self.abandon_s.get(i))
 
 
 def build_schedule(scenario: Scenario, *, rate_scale: float = 1.0, speed: float = 1.0) -> Schedule:

@@ -18,8 +18,8 @@ from gpuplan.record import summary
 from gpuplan.record.summary import Summary
 from gpuplan.scenario.demand import DeploymentSpec, Scenario
 from gpuplan.scenario.deployment import resolve
-from gpuplan.scenario.schedule import Schedule, build_schedule
-from gpuplan.sim.early_stop import BeyondDoubt, EarlyStop, Stopped
+from gpuplan.scenario.schedule import Columns, Schedule, build_schedule
+from gpuplan.sim.early_stop import BeyondDoubt, Stopped
 from gpuplan.sim.service_times import ServiceTimes
 from gpuplan.sim.simulator import simulate
 
@@ -27,7 +27,8 @@ from gpuplan.sim.simulator import simulate
 class Candidate(msgspec.Struct, frozen=True):
     """A deployment to be tried: `scenario.deployment`. Without a `schedule` the scenario's own is built where it is
     simulated, with its rates multiplied by `rate_scale` and its traces replayed `speed` times as fast. With
-    `early_stop` a simulation ends as soon as an SLO can no longer be met."""
+    `early_stop` a simulation ends as soon as an SLO can no longer be met. Without `rows` there are no inter-token
+    latencies; where an SLO is on them, rows are kept whatever is asked."""
 
     name: str
     scenario: Scenario
@@ -36,6 +37,7 @@ class Candidate(msgspec.Struct, frozen=True):
     rate_scale: float = 1.0
     speed: float = 1.0
     early_stop: bool = False
+    rows: bool = False
     telemetry: bool = False
 
 
@@ -60,10 +62,41 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Work(msgspec.Struct, frozen=True):
-    """All that one simulation needs."""
+    """All that one simulation needs; the schedule as the bytes of its columns."""
 
     candidate: Candidate
     service_times: ServiceTimes
+    schedule: ScheduleBytes | None
+
+
+class ScheduleBytes(msgspec.Struct, frozen=True):
+    """A schedule's columns, as this machine's floats and integers."""
+
+    kinds: tuple[tuple[str, str], ...]
+    scheduled_s: bytes
+    kind: bytes
+    prompt_tokens: bytes
+    output_tokens: bytes
+    abandon_s: dict[int, float]
+    duration_s: float
+    clipped: int
+
+    @classmethod
+    def of(cls, schedule: Schedule) -> ScheduleBytes:
+        columns = Columns.of(schedule.requests)
+        arrays = {name: getattr(columns, name).tobytes() for name in _ARRAYS}
+        return cls(columns.kinds, **arrays, abandon_s=columns.abandon_s, duration_s=schedule.duration_s,
+                   clipped=schedule.clipped)  # fmt: skip
+
+    def schedule(self) -> Schedule:
+        columns = Columns(self.kinds)
+        for name in _ARRAYS:
+            getattr(columns, name).frombytes(getattr(self, name))
+        columns.abandon_s.update(self.abandon_s)
+        return Schedule(columns, self.duration_s, self.clipped)
+
+
+_ARRAYS = ("scheduled_s", "kind", "prompt_tokens", "output_tokens")
 
 
 def crossed(
@@ -81,7 +114,7 @@ def simulate_one(candidate: Candidate, service_times: ServiceTimes) -> Outcome:
     """Simulates a candidate here and now. Raises what `resolve` and `simulate` raise."""
     scenario = candidate.scenario
     schedule = candidate.schedule or build_schedule(scenario, rate_scale=candidate.rate_scale, speed=candidate.speed)
-    stop = EarlyStop(scenario, schedule, downlink_s=min(service_times.downlink_s)) if candidate.early_stop else None
+    between_tokens = any("itl_ms" in c.slo for c in scenario.traffic)
     try:
         run = simulate(
             scenario,
@@ -89,8 +122,9 @@ def simulate_one(candidate: Candidate, service_times: ServiceTimes) -> Outcome:
             schedule,
             service_times,
             seed=candidate.seed,
+            keep_rows=candidate.rows or candidate.telemetry or between_tokens,
             keep_telemetry=candidate.telemetry,
-            watch=stop.seen if stop else None,
+            early_stop=candidate.early_stop,
         )
     except BeyondDoubt as end:
         return Outcome(candidate.name, candidate.seed, None, end.stopped)
@@ -99,14 +133,17 @@ def simulate_one(candidate: Candidate, service_times: ServiceTimes) -> Outcome:
 
 def encode(candidate: Candidate, service_times: ServiceTimes) -> bytes:
     """The work as msgpack."""
-    return _ENCODER.encode(Work(candidate, service_times))
+    schedule = ScheduleBytes.of(candidate.schedule) if candidate.schedule is not None else None
+    return _ENCODER.encode(Work(msgspec.structs.replace(candidate, schedule=None), service_times, schedule))
 
 
 def answer(work: bytes) -> bytes:
     """`simulate_one` for another process or machine: from `encode`, for `outcome`. Raises nothing."""
     try:
         asked = _WORK.decode(work)
-        return _ENCODER.encode(simulate_one(asked.candidate, asked.service_times))
+        schedule = asked.schedule.schedule() if asked.schedule is not None else None
+        candidate = msgspec.structs.replace(asked.candidate, schedule=schedule)
+        return _ENCODER.encode(simulate_one(candidate, asked.service_times))
     except GpuplanError as error:
         return _ENCODER.encode(Failed(error.exit_code, str(error)))
     except Exception as error:

@@ -12,7 +12,7 @@ and a request of the warm-up for nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -20,9 +20,8 @@ import numpy as np
 
 from gpuplan.policy.vocabulary import Action, Cancel, Complete, Event, Fail, Reject
 from gpuplan.record import summary
-from gpuplan.record.recorder import Served
 from gpuplan.scenario.demand import Scenario
-from gpuplan.scenario.schedule import Schedule, ScheduledRequest
+from gpuplan.scenario.schedule import ScheduledRequest
 
 NEVER = float("inf")
 EXACT, MICROSECOND_S = 1 + 1e-9, 1e-6
@@ -55,131 +54,136 @@ class BeyondDoubt(Exception):
 
 
 class EarlyStop:
-    """Looks on at one simulation. `downlink_s` is the least that passes between the last step and the client."""
+    """An observer of one simulation of these requests. `first_token_s` says when a request had its first token (not a
+    number: not yet), `downlink_s` is the least that passes between a step and the client."""
 
-    def __init__(self, scenario: Scenario, schedule: Schedule, *, downlink_s: float = 0.0) -> None:
-        self._downlink_s = downlink_s
-        asked: dict[str, list[ScheduledRequest]] = {c.name: [] for c in scenario.traffic}
-        for request in schedule.requests:
+    def __init__(
+        self,
+        scenario: Scenario,
+        requests: Sequence[ScheduledRequest],
+        first_token_s: Callable[[int], float],
+        *,
+        downlink_s: float = 0.0,
+    ) -> None:
+        asked: dict[str, list[ScheduledRequest]] = {c.name: [] for c in scenario.traffic if c.slo}
+        for request in requests:
             if request.scheduled_s >= scenario.warmup and request.traffic_class in asked:
                 asked[request.traffic_class].append(request)
-        self._requests = {r.index: r for requests in asked.values() for r in requests}
+        self._first_token_s, self._downlink_s = first_token_s, downlink_s
+        self._requests = {r.index: r for mine in asked.values() for r in mine}
+        self._over: set[int] = set()
         self._watches: dict[str, list[_Watch]] = {
             c.name: [
-                _Watch(metric, statistic, limit_ms, asked[c.name])
+                _Watch(c.name, metric, statistic, limit_ms, asked[c.name])
                 for metric, limits in c.slo.items()
                 for statistic, limit_ms in limits.items()
-                if asked[c.name]
             ]
             for c in scenario.traffic
+            if asked.get(c.name)
         }
-        self._patient = [(name, w) for name, watches in self._watches.items() for w in watches if w.waits]
-        self._overdue_s = min((w.overdue_s for _, w in self._patient), default=NEVER)
+        self._patient = [w for watches in self._watches.values() for w in watches if w.waits]
+        self._overdue_s = min((w.overdue_s for w in self._patient), default=NEVER)
 
-    def seen(self, served: Mapping[int, Served], event: Event, actions: Sequence[Action], now_s: float) -> None:
+    def decided(self, event: Event, actions: Sequence[Action], *, now_s: float) -> None:
         """An event was handled. Raises BeyondDoubt when it settled the verdict."""
-        if now_s > self._overdue_s:
-            self._look_at_the_waiting(served, now_s)
-        for request_id in _ended(event, actions):
+        for request_id, completed in _ended(event, actions):
             request = self._requests.get(request_id)
-            if request is not None and request_id in served:
+            if request is not None:
+                self._over.add(request_id)
+                first_s = self._first_token_s(request_id) + self._downlink_s
                 for watch in self._watches[request.traffic_class]:
-                    watch.ended(request, served[request_id], self._downlink_s)
-                    self._judge(request.traffic_class, watch, now_s)
+                    if completed:
+                        watch.completed(request, first_s, now_s + self._downlink_s)
+                    else:
+                        watch.lost(request)
+                    watch.judge(now_s)
+        if now_s > self._overdue_s:
+            for watch in self._patient:
+                watch.wait(self._still_waits, now_s)
+                watch.judge(now_s)
+            self._overdue_s = min(w.overdue_s for w in self._patient)
 
-    def _look_at_the_waiting(self, served: Mapping[int, Served], now_s: float) -> None:
-        for name, watch in self._patient:
-            if now_s > watch.overdue_s:
-                watch.wait(served, now_s)
-                self._judge(name, watch, now_s)
-        self._overdue_s = min(w.overdue_s for _, w in self._patient)
-
-    def _judge(self, name: str, watch: _Watch, now_s: float) -> None:
-        if watch.beyond_doubt():
-            raise BeyondDoubt(
-                Stopped(name, watch.metric, watch.statistic, watch.limit_ms, now_s, watch.missed, watch.asked)
-            )
+    def _still_waits(self, request_id: int, metric: str) -> bool:
+        """Whether the first token, or the last, is still to come."""
+        first_s = self._first_token_s(request_id)
+        return request_id not in self._over and (metric != "ttft_ms" or first_s != first_s)
 
 
-def _ended(event: Event, actions: Sequence[Action]) -> Iterator[int]:
+def _ended(event: Event, actions: Sequence[Action]) -> Iterator[tuple[int, bool]]:
+    """The requests that are over, and whether they were completed."""
     if type(event) is Cancel:
-        yield event.request_id
+        yield event.request_id, False
     for action in actions:
         if type(action) in (Complete, Reject, Fail):
-            yield action.request_id  # type: ignore[union-attr]
+            yield action.request_id, type(action) is Complete  # type: ignore[union-attr]
 
 
 class _Watch:
     """One SLO of one class: who has missed it for good, and whether that is too many."""
 
-    def __init__(self, metric: str, statistic: str, limit_ms: float, requests: Sequence[ScheduledRequest]) -> None:
-        self.metric, self.statistic, self.limit_ms = metric, statistic, limit_ms
+    def __init__(
+        self, name: str, metric: str, statistic: str, limit_ms: float, requests: Sequence[ScheduledRequest]
+    ) -> None:
+        self._name, self._metric, self._statistic, self._limit_ms = name, metric, statistic, limit_ms
         self.waits = metric in ("ttft_ms", "e2el_ms") and statistic != "mean"
         self._requests = requests
         self._next = 0
         # A request of one token has no time per output token, and counts where it is lost.
-        self.asked = sum(r.output_tokens > 1 for r in requests) if metric == "tpot_ms" else len(requests)
+        self._asked = sum(r.output_tokens > 1 for r in requests) if metric == "tpot_ms" else len(requests)
         self._lost, self._total_ms = 0, 0.0
         self._missed: set[int] = set()
         self._doubt = _Doubt(statistic, limit_ms)
-
-    @property
-    def missed(self) -> int:
-        return len(self._missed)
 
     @property
     def overdue_s(self) -> float:
         """When the next request that was not looked at has waited as long as the limit allows."""
         if self._next >= len(self._requests):
             return NEVER
-        return self._requests[self._next].scheduled_s + self.limit_ms / 1e3 + MICROSECOND_S
+        return self._requests[self._next].scheduled_s + self._limit_ms / 1e3 + MICROSECOND_S
 
-    def ended(self, request: ScheduledRequest, served: Served, downlink_s: float) -> None:
-        """A request has all that it will get."""
-        if served.outcome != "completed":
-            self._lost += 1
-            self.asked += self.metric == "tpot_ms" and request.output_tokens < 2
-            self._missed.add(request.index)
-            return
-        value_ms = self._value_ms(request, served, downlink_s)
-        if value_ms is None:
-            return
+    def lost(self, request: ScheduledRequest) -> None:
+        self._lost += 1
+        self._asked += self._metric == "tpot_ms" and request.output_tokens < 2
+        self._missed.add(request.index)
+
+    def completed(self, request: ScheduledRequest, first_s: float, last_s: float) -> None:
+        """The client has its first and its last token no earlier than that."""
+        match self._metric:
+            case "e2el_ms":
+                value_ms = summary.latency_ms(request.scheduled_s, last_s)
+            case "ttft_ms":
+                value_ms = summary.latency_ms(request.scheduled_s, first_s)
+            case "tpot_ms" if request.output_tokens > 1:
+                value_ms = summary.tpot_ms(first_s, last_s, request.output_tokens)
+            case _:
+                return
         self._total_ms += value_ms / EXACT
-        if value_ms > self.limit_ms * EXACT:
+        if value_ms > self._limit_ms * EXACT:
             self._missed.add(request.index)
 
-    def wait(self, served: Mapping[int, Served], now_s: float) -> None:
+    def wait(self, still_waits: Callable[[int, str], bool], now_s: float) -> None:
         """Counts those who wait beyond the limit."""
         while now_s > self.overdue_s:
-            request = self._requests[self._next]
+            request_id = self._requests[self._next].index
             self._next += 1
-            here = served.get(request.index)
-            if here is None or (here.finished_s is None and not (self.metric == "ttft_ms" and here.token_s)):
-                self._missed.add(request.index)
+            if still_waits(request_id, self._metric):
+                self._missed.add(request_id)
 
-    def beyond_doubt(self) -> bool:
-        if self.statistic == "mean" and self._total_ms > self.limit_ms * self.asked:
-            values_ms = np.zeros(self.asked)
+    def judge(self, now_s: float) -> None:
+        """Raises BeyondDoubt where too many have missed it."""
+        if self._beyond_doubt():
+            missed, asked = len(self._missed), self._asked
+            raise BeyondDoubt(Stopped(self._name, self._metric, self._statistic, self._limit_ms, now_s, missed, asked))
+
+    def _beyond_doubt(self) -> bool:
+        if self._statistic == "mean" and self._total_ms > self._limit_ms * self._asked:
+            values_ms = np.zeros(self._asked)
             values_ms[0] = self._total_ms
-            return not summary.slo_met(values_ms, "mean", self.limit_ms, lost=0, answered=self.asked)
-        if self._doubt.over(self._lost, self.asked):
+            return not summary.slo_met(values_ms, "mean", self._limit_ms, lost=0, answered=self._asked)
+        if self._doubt.over(self._lost, self._asked):
             return True
-        late_too = self.statistic != "mean" and self.metric != "itl_ms"
-        return late_too and self._doubt.over(len(self._missed) - 1, self.asked)
-
-    def _value_ms(self, request: ScheduledRequest, served: Served, downlink_s: float) -> float | None:
-        """At least what the client will see; None where the metric does not apply."""
-        last_s, times = served.finished_s, served.token_s
-        if last_s is None or (self.metric != "e2el_ms" and not times):
-            return None
-        match self.metric:
-            case "e2el_ms":
-                return summary.latency_ms(request.scheduled_s, last_s + downlink_s)
-            case "ttft_ms":
-                return summary.latency_ms(request.scheduled_s, times[0] + downlink_s)
-            case "tpot_ms" if len(times) > 1:
-                return summary.tpot_ms(times[0], last_s, len(times))
-        return None
+        late_too = self._statistic != "mean" and self._metric != "itl_ms"
+        return late_too and self._doubt.over(len(self._missed) - 1, self._asked)
 
 
 @dataclass(slots=True)

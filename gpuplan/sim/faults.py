@@ -70,6 +70,10 @@ class Injection:
             event = msgspec.structs.replace(event, failed=tuple((i, NAN_OUTPUT) for i in bad))
         return event, seconds * script.slow_factor(since_s)
 
+    def befalls(self, replica_id: str) -> bool:
+        """Whether anything ever happens to this replica."""
+        return replica_id in self._scripts
+
     def pop(self) -> ReplicaDown | ReplicaUp | None:
         """The event that is due at `next_s`; None when nothing comes of it any more."""
         now_s, _, replica_id, what = heapq.heappop(self._due)

@@ -8,7 +8,6 @@ CPU, has no roofline: it has to be measured first.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -74,27 +73,29 @@ class ServiceTimes:
                 found[about] = f"{about}: emulated steps: {band(card, part).of_steps}"
         return list(found.values())
 
-    def timer(self, deployment: Deployment, replica: Replica, rng: random.Random | None = None) -> Timer:
-        """Seconds of a step on this replica: the mean, or with `rng` a draw from the spread.
+    def timer(self, deployment: Deployment, replica: Replica) -> Timer:
+        """Mean seconds of a step on this replica.
 
         Raises RunError for a replica that was not measured and has no roofline, or is an ONNX file: how near that
         runs to its shape's roofline nobody knows.
         """
         costs = step_costs(deployment, replica)
-        fit = self.fits.get((replica.model, replica.slice.name)) or self._neighbour(deployment, replica, costs)
+        fit = self._fit(deployment, replica, costs)
         if fit is None and (costs is None or deployment.models[replica.model].onnx is not None):
             raise RunError(
                 f"no service times for {replica.model} on {replica.slice.name}: measure it first "
                 "(gpuplan bench), then simulate or plan from that run"
             )
         base = costs.step_s if costs else _nothing
-        if fit is None:
-            return base
-        mean = _fitted(fit, base)
-        if rng is None or not fit.ratios:
-            return mean
-        choose, ratios = rng.choice, fit.ratios
-        return lambda load: mean(load) * choose(ratios)
+        return base if fit is None else _fitted(fit, base)
+
+    def ratios(self, deployment: Deployment, replica: Replica) -> tuple[float, ...]:
+        """How the steps on this replica are spread around their mean; empty where nothing was measured."""
+        fit = self._fit(deployment, replica, step_costs(deployment, replica))
+        return fit.ratios if fit is not None else ()
+
+    def _fit(self, deployment: Deployment, replica: Replica, costs: StepCosts | None) -> Fit | None:
+        return self.fits.get((replica.model, replica.slice.name)) or self._neighbour(deployment, replica, costs)
 
     def _neighbour(self, deployment: Deployment, replica: Replica, costs: StepCosts | None) -> Fit | None:
         """The fit of the same model on another slice of a GPU: the one with most steps behind it. What grows with the

@@ -7,11 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpuplan.policy.breaker import Breaker
-from gpuplan.policy.line import NOBODY, Ahead, Line
+from gpuplan.policy.line import Line
 from gpuplan.policy.state import ClassState, ModelState, Sequence
 from gpuplan.scenario.demand import BatchingSpec, BreakerSpec, ClassSpec
 
 AGEING_S = 10.0
+
+
+def ahead(line: Line, priority: int) -> tuple[int, int, int]:
+    of = line.ahead_of(priority)
+    return of.requests, of.prompt_tokens, of.kv_tokens
 
 
 def waiting(request_id: int, arrived_s: float, priority: int = 0, deadline_s: float | None = None) -> Sequence:
@@ -60,11 +65,11 @@ def test_the_order(name: str) -> None:
 
 def test_what_goes_before_a_priority() -> None:
     line = Line(AGEING_S)
-    assert line.ahead_of(3) == NOBODY
+    assert ahead(line, 3) == (0, 0, 0)
     line.push(waiting(1, 0.0, 1))
-    assert (line.ahead_of(0), line.ahead_of(1)) == (NOBODY, Ahead(1, 10, 15))
+    assert (ahead(line, 0), ahead(line, 1)) == ((0, 0, 0), (1, 10, 15))
     line.push(waiting(2, 0.0, 0))
-    assert (line.ahead_of(0), line.ahead_of(1)) == (Ahead(1, 10, 15), Ahead(2, 20, 30))
+    assert (ahead(line, 0), ahead(line, 1)) == ((1, 10, 15), (2, 20, 30))
 
 
 CLASSES = st.tuples(st.integers(0, 3), st.sampled_from([None, 0.5, 5.0, 100.0]))
@@ -87,7 +92,7 @@ def test_it_counts_those_who_are_there(happenings: list[object]) -> None:
                 assert head is not None
                 line.remove(there.pop(head.request_id))
         assert len(line) == len(there) and {s.request_id for s in line} == set(there)
-        assert line.ahead_of(9) == Ahead(len(there), 10 * len(there), 15 * len(there))
+        assert ahead(line, 9) == (len(there), 10 * len(there), 15 * len(there))
         assert (line.head() is None) == (not there)
     assert sorted(order(line)) == sorted(there)
 

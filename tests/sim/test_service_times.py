@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 
 from gpuplan.errors import RunError
@@ -48,16 +46,6 @@ def test_of_two_neighbours_the_better_measured_counts() -> None:
     worse = Fit(9.0, 0.0, 0.0, 0.0, (), 5, 0.5)
     times, here = ServiceTimes({("mood", "1g.10gb"): worse, ("mood", "2g.20gb"): FIT}), supply()
     assert times.timer(here, here.replicas[0])(LOAD) < 1.0
-
-
-def test_draws_come_from_the_spread_and_repeat_with_the_seed() -> None:
-    spread = Fit(0.010, 0.0, 0.0, 0.0, (0.5, 1.0, 2.0), 100, 0.3)
-    times, here = ServiceTimes({("mood", "whole"): spread}), supply()
-    first, second = (times.timer(here, here.replicas[0], random.Random(3)) for _ in range(2))
-    drawn = [first(LOAD) for _ in range(50)]
-    assert {round(s, 9) for s in drawn} == {0.005, 0.010, 0.020}
-    assert drawn == [second(LOAD) for _ in range(50)]
-    assert times.timer(here, here.replicas[0])(LOAD) == 0.010, "without a generator, the mean"
 
 
 def test_a_cpu_has_to_be_measured() -> None:

@@ -335,7 +335,7 @@ class _Model(NamedTuple):
 
     @classmethod
     def of(cls, server: Server, name: str, role: Role) -> _Model:
-        held = [r.kv_tokens_max for r in server.deployment.replicas_of(name)]
+        held = [r.kv_tokens_max for r in server.deployment.every_replica() if r.model == name]
         kv_tokens_max = None if None in held else max(tokens for tokens in held if tokens is not None)
         return cls(name, role, window_of(server.deployment.models[name]), kv_tokens_max)
 
