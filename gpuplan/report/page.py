@@ -143,7 +143,9 @@ def _error_kinds(summary: Summary) -> list[str]:
 
 
 def _messages(run: Run) -> list[dict[str, Any]]:
-    """What servers said, the most frequent first."""
+    """What servers said, the most frequent first; a simulation without rows has no column for it."""
+    if "message" not in run.requests:
+        return []
     rows = run.requests[run.requests["message"].notna() & (run.requests["message"] != "")]
     counts = rows.groupby(["status", "error", "message"], dropna=False).size().sort_values(ascending=False)
     return [

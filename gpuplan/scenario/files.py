@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from gpuplan.scenario import demand, deployment, faults, onnx_files, text
 from gpuplan.scenario.build import build
 from gpuplan.scenario.demand import Scenario
 from gpuplan.scenario.onnx_files import CONFIG_CHARS_MAX
+from gpuplan.scenario.settings import FLAG, apply, set_by
 
 SOURCES = ("builtin", "onnx", "emulate", "shape")
 """What a model is, of which it is exactly one."""
@@ -31,20 +32,24 @@ CardsHere = Callable[[], Mapping[str, tuple[Profile, ...]]]
 """The catalogue's names of this machine's cards, and the MIG profiles that each reports."""
 
 
-def load(path: Path, *, cards_here: CardsHere = dict) -> Scenario:
-    """The checked scenario in `path`. Of `cards_here` the first is what `deployment.gpu: auto` stands for, and what a
-    card itself says of its MIG profiles wins over the catalogue: it becomes `deployment.mig_profiles`.
+def load(path: Path, *, settings: Sequence[str] = (), cards_here: CardsHere = dict) -> Scenario:
+    """The checked scenario in `path`, with these KEY=VALUE put into it first. Of `cards_here` the first is what
+    `deployment.gpu: auto` stands for, and what a card itself says of its MIG profiles wins over the catalogue: it
+    becomes `deployment.mig_profiles`.
 
     Raises InputError with file, line, key, value and what is allowed.
     """
     data, lines = text.read(path)
+    keys = apply(data, settings)
     try:
         scenario = _with_shapes(_with_absolute_paths(build(data, Scenario), path.resolve().parent))
         scenario = msgspec.structs.replace(scenario, deployment=_on_this_machine(scenario.deployment, cards_here))
         check(scenario)
     except InputError as error:
-        error.file = str(path)
-        error.line = text.line_of(error.key, lines)
+        if set_by(error.key, keys, lines):
+            error.file = FLAG
+        else:
+            error.file, error.line = str(path), text.line_of(error.key, lines)
         raise
     return scenario
 

@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
+from gpuplan import __version__
 from gpuplan.policy.dispatch import Dispatcher
 from gpuplan.policy.vocabulary import Action, Event
 from gpuplan.record.recorder import Recorder
@@ -47,12 +48,15 @@ def simulate(
     dispatcher: Dispatcher | None = None,
     early_stop: bool = False,
     watching: Sequence[Observer] = (),
+    rate_scale: float = 1.0,
+    speed: float = 1.0,
 ) -> Run:
     """A run of the schedule against the deployment on virtual time. Every request is followed to its end. `dispatcher`
     places requests otherwise than the server would, for comparisons. Without rows the run is for `summarize` alone: it
     has no decisions, no telemetry, and no inter-token latencies (TPOT it has).
 
     With `early_stop` BeyondDoubt is raised as soon as an SLO can no longer be met. `watching` are further observers.
+    `rate_scale` and `speed` say how the schedule was made of the scenario.
     """
     requests = Columns.of(schedule.requests)
     downlink = random.Random(f"{seed}/downlink")  # noqa: S311 - not for secrets
@@ -87,6 +91,8 @@ def simulate(
         scenario=files.to_builtins(scenario),
         deployment=supply.describe(deployment),
         seed=seed,
+        rate_scale=rate_scale,
+        speed=speed,
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         duration_s=schedule.duration_s,
         measured_s=ended_s,
@@ -100,6 +106,7 @@ def simulate(
             *service_times.notes(deployment),
             *simulation.faults.notes(ended_s),
         ],
+        gpuplan_version=__version__,
     )
     if tally is not None:
         return Run(meta, *tally.tables(downlinks_s, scenario.warmup), steps=tally.steps)
