@@ -41,17 +41,21 @@ def over_seeds(seeds: Sequence[SeedFigures]) -> dict[str, Any]:
         "seeds": [s.seed for s in seeds],
         "met_slos": sum(s.meets_slos for s in seeds),
         "confidence": CONFIDENCE,
-        "figures": {path: interval([s.figures[path] for s in seeds]) for path in common},
+        "figures": {
+            path: interval([s.figures[path] for s in seeds], most=1.0 if path.endswith("slo_attainment") else math.inf)
+            for path in common
+        },
     }
 
 
-def interval(values: Sequence[float]) -> dict[str, float | None]:
-    """`{mean, low, high}` of independent values: Student's interval for their mean; no bounds for a single value."""
+def interval(values: Sequence[float], *, most: float = math.inf) -> dict[str, float | None]:
+    """`{mean, low, high}` of independent values between 0 and `most`: Student's interval for their mean, cut to what
+    can be; no bounds for a single value."""
     mean = float(np.mean(values))
     if len(values) < 2:
         return {"mean": mean, "low": None, "high": None}
     half = student_t(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return {"mean": mean, "low": mean - half, "high": mean + half}
+    return {"mean": mean, "low": max(mean - half, 0.0), "high": min(mean + half, most)}
 
 
 def student_t(freedom: int) -> float:
@@ -62,14 +66,17 @@ def student_t(freedom: int) -> float:
 
 
 def _figures(summary: Summary) -> Iterator[tuple[str, float]]:
-    parts: Mapping[str, Mapping[str, Any]] = {
-        "overall": summary["overall"], **{f"classes.{name}": c for name, c in summary["classes"].items()}
-    }  # fmt: skip
-    for where, part in parts.items():
-        for rate in RATES:
-            if part[rate] is not None:
-                yield f"{where}.{rate}", float(part[rate])
-        for metric, statistics in LATENCIES.items():
-            for statistic in statistics:
-                if part[metric][statistic] is not None:
-                    yield f"{where}.{metric}.{statistic}", float(part[metric][statistic])
+    """By dotted path: rates, latencies, and whatever an SLO is on."""
+    for where, part in (("overall", summary["overall"]), *_classes(summary)):
+        asked = [(v["metric"], v["statistic"]) for v in part.get("slos", ())]
+        latencies = [(metric, statistic) for metric, names in LATENCIES.items() for statistic in names]
+        values = {rate: part[rate] for rate in RATES}
+        values |= {f"{m}.{s}": part[m][s] for m, s in dict.fromkeys([*latencies, *asked])}
+        for name, value in values.items():
+            if value is not None:
+                yield f"{where}.{name}", float(value)
+
+
+def _classes(summary: Summary) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for name, part in summary["classes"].items():
+        yield f"classes.{name}", part

@@ -84,7 +84,7 @@ def read(folder: Path) -> Run:
                 allowed=f"up to {run_module.SCHEMA_VERSION}",
             )
         meta = msgspec.convert(raw, RunMeta)
-        if meta.source == "simulate" and not (folder / "requests.parquet").exists():
+        if meta.source == "simulate" and not any((folder / f"{name}.parquet").exists() for name in TABLES):
             raise InputError(
                 "a simulation that kept no rows",
                 key="RUN",

@@ -64,6 +64,7 @@ def render(run: Run, summary: Summary, plan: dict[str, Any] | None) -> str:
         alternatives=_alternatives(plan),
         alternatives_shown=ALTERNATIVES_SHOWN,
         backtest=_backtest(plan),
+        seed_rows=words.seed_rows(summary),
         unfinished=summary["unfinished"],
         error_kinds=_error_kinds(summary),
         messages=_messages(run),

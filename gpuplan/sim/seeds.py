@@ -21,7 +21,8 @@ from gpuplan.sim.service_times import ServiceTimes
 from gpuplan.sim.simulator import simulate
 
 ROWS_MAX = 100_000
-"""Requests of a run whose rows are kept: a gigabyte of memory and some seconds. Beyond it, what figures need is kept alone."""
+"""Requests of a run whose rows are kept: a gigabyte of memory, and some seconds. A longer run keeps only what its
+figures need."""
 
 
 def simulate_seeds(

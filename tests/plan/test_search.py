@@ -139,3 +139,11 @@ def test_a_plan_survives_the_run_folder(run: Run, plan: dict[str, Any], tmp_path
     again = make_plan(store.read(tmp_path))
     for key in ("verdict", "replicas", "batching", "autoscale", "alternatives"):
         assert again[key] == plan[key], key
+
+
+@pytest.mark.slow
+def test_a_plan_is_the_same_on_all_cores(run: Run, plan: dict[str, Any]) -> None:
+    parallel = make_plan(run, workers=2)
+    for searched in (parallel["searched"], plan["searched"]):
+        del searched["elapsed_s"], searched["simulations"]
+    assert parallel == plan
