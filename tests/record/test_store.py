@@ -141,5 +141,5 @@ def test_seeds_are_kept_until_another_run_comes(run: Run, tmp_path: Path) -> Non
     store.write(run, tmp_path)
     assert store.read_seeds(tmp_path) == []
     (tmp_path / store.SEEDS).write_text("{}")
-    with pytest.raises(InputError, match="seeds.json: cannot read"):
+    with pytest.raises(InputError, match=r"seeds\.json: cannot read"):
         store.read_seeds(tmp_path)
