@@ -53,6 +53,7 @@ def make_plan(
     plan is the same. `on_progress` is told in a few words what is being tried.
     """
     with Workers(workers) as hands:
+        hands.warm()
         return _planned(run, hands, on_progress)
 
 

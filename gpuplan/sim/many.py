@@ -6,9 +6,11 @@ keeps `Workers` open and asks them, from as many threads as it likes. Which work
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
 from types import TracebackType
 from typing import Protocol, TypeVar
 
@@ -17,6 +19,7 @@ from gpuplan.sim.candidate import Candidate, Outcome
 from gpuplan.sim.processes import Processes
 from gpuplan.sim.service_times import ServiceTimes
 
+CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -76,6 +79,11 @@ class Workers:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
+    def warm(self) -> None:
+        """Gets workers ready while there is something else to do."""
+        if isinstance(self._line, Processes):
+            self._line.warm()
+
     def close(self) -> None:
         """Ends what still runs; nothing can be simulated afterwards."""
         if self._line is not None:
@@ -124,10 +132,19 @@ class Workers:
 
 
 def cores() -> int:
-    """How many of this machine's cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """How many of this machine's cores this process may use, by its affinity and by its container's limit."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _quota(CPU_MAX)
+    return max(min(count, math.ceil(quota)) if math.isfinite(quota) else count, 1)
+
+
+def _quota(path: Path) -> float:
+    """The CPUs that a control group allows (version 2: microseconds of each period); infinity where there is no limit."""
+    try:
+        quota, period = path.read_text(encoding="ascii").split()
+        return float(quota) / float(period)
+    except (OSError, ValueError, ZeroDivisionError):  # another system, or "max"
+        return math.inf
 
 
 def _told(result: Result, on_done: Callable[[Result], None]) -> Result:

@@ -1,8 +1,9 @@
 """Worker processes that simulate: bytes in, bytes out, over pipes.
 
-A process is started by the first work that finds none idle, and lives until `close`. What passes are frames (eight
-bytes of length, then msgpack), never pickle, and a script that uses this needs no guard around its main part. A worker
-ends at once, in the midst of a simulation too, when the pipe from its parent closes: none outlives its command.
+A process is started by `warm` or by the first work that finds none idle, and lives until `close`. What passes are
+frames (eight bytes of length, then msgpack), never pickle, and a script that uses this needs no guard around its main
+part. A worker ends at once, in the midst of a simulation too, when the pipe from its parent closes: none outlives its
+command.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import IO
 from gpuplan.errors import RunError
 
 LENGTH_BYTES = 8
+WARM = 16
+"""At most so many are started for work that may not come."""
 START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from gpuplan.sim.processes import main; main()"
 """The same path as here, so that a worker is of the same version."""
 
@@ -34,6 +37,12 @@ class Processes:
         self._lock = threading.Lock()
         self._all: set[subprocess.Popen[bytes]] = set()
         self._closed = False
+
+    def warm(self) -> None:
+        """Starts processes for work to come: they take half a second until they have imported what they need."""
+        slots = [self._idle.get() for _ in range(min(self.count, WARM))]
+        for process in slots:
+            self._idle.put(process or self._started())
 
     def ask(self, name: str, work: bytes) -> bytes:
         """What `candidate.answer` gives for this work, computed by the next process that is idle. Raises RunError,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from gpuplan.errors import InputError, RunError
 from gpuplan.scenario import files
 from gpuplan.scenario.demand import BatchingSpec, Scenario
 from gpuplan.scenario.schedule import build_schedule
+from gpuplan.sim import many
 from gpuplan.sim.candidate import Candidate, Outcome, answer, crossed, encode, outcome, simulate_one
 from gpuplan.sim.many import simulate_many
 from gpuplan.sim.service_times import Fit, ServiceTimes
@@ -100,3 +103,14 @@ def test_common_random_numbers_make_differences_less_noisy_than_values() -> None
 def variance(values: list[float]) -> float:
     mean = sum(values) / len(values)
     return sum((v - mean) ** 2 for v in values) / (len(values) - 1)
+
+
+@pytest.mark.parametrize(
+    ("told", "cpus"),
+    [("200000 100000", 2.0), ("50000 100000", 0.5), ("max 100000", math.inf), ("", math.inf), (None, math.inf)],
+)
+def test_a_container_s_limit_is_kept_to(told: str | None, cpus: float, tmp_path: Path) -> None:
+    if told is not None:
+        (tmp_path / "cpu.max").write_text(told + "\n")
+    assert many._quota(tmp_path / "cpu.max") == cpus
+    assert 1 <= many.cores() <= (os.cpu_count() or 1)
