@@ -139,7 +139,7 @@ def cores() -> int:
 
 
 def _quota(path: Path) -> float:
-    """The CPUs that a control group allows (version 2: microseconds of each period); infinity where there is no limit."""
+    """The CPUs that a control group allows (version 2: microseconds of each period); infinity where none is told."""
     try:
         quota, period = path.read_text(encoding="ascii").split()
         return float(quota) / float(period)

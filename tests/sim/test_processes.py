@@ -125,3 +125,14 @@ def test_whatever_ends_the_command_ends_its_workers(sent: signal.Signals) -> Non
         time.sleep(0.05)
     if sent == signal.SIGINT:
         assert said.strip().endswith("KeyboardInterrupt")
+
+
+def test_the_example_of_the_docs_runs_as_it_stands() -> None:
+    """On all cores, in a script without a guard around its main part."""
+    page = (REPOSITORY / "docs" / "simulate.md").read_text()
+    example = page.partition("```python\n")[2].partition("```")[0]
+    done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, cwd=REPOSITORY, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [line.partition(":")[0].split(", ")[0] for line in done.stdout.splitlines()] == ["a100-80gb"] * 5 + [
+        "h100-80gb"
+    ] * 5
