@@ -12,7 +12,7 @@ and a request of the warm-up for nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -21,7 +21,7 @@ import numpy as np
 from gpuplan.policy.vocabulary import Action, Cancel, Complete, Event, Fail, Reject
 from gpuplan.record import summary
 from gpuplan.scenario.demand import Scenario
-from gpuplan.scenario.schedule import ScheduledRequest
+from gpuplan.scenario.schedule import Columns
 
 NEVER = float("inf")
 EXACT, MICROSECOND_S = 1 + 1e-9, 1e-6
@@ -58,132 +58,141 @@ class EarlyStop:
     number: not yet), `downlink_s` is the least that passes between a step and the client."""
 
     def __init__(
-        self,
-        scenario: Scenario,
-        requests: Sequence[ScheduledRequest],
-        first_token_s: Callable[[int], float],
-        *,
-        downlink_s: float = 0.0,
+        self, scenario: Scenario, requests: Columns, first_token_s: Callable[[int], float], *, downlink_s: float = 0.0
     ) -> None:
-        asked: dict[str, list[ScheduledRequest]] = {c.name: [] for c in scenario.traffic if c.slo}
-        for request in requests:
-            if request.scheduled_s >= scenario.warmup and request.traffic_class in asked:
-                asked[request.traffic_class].append(request)
-        self._first_token_s, self._downlink_s = first_token_s, downlink_s
-        self._requests = {r.index: r for mine in asked.values() for r in mine}
-        self._over: set[int] = set()
-        self._watches: dict[str, list[_Watch]] = {
-            c.name: [
-                _Watch(c.name, metric, statistic, limit_ms, asked[c.name])
-                for metric, limits in c.slo.items()
-                for statistic, limit_ms in limits.items()
-            ]
-            for c in scenario.traffic
-            if asked.get(c.name)
-        }
-        self._patient = [w for watches in self._watches.values() for w in watches if w.waits]
-        self._overdue_s = min((w.overdue_s for w in self._patient), default=NEVER)
+        self._requests, self._first_token_s, self._downlink_s = requests, first_token_s, downlink_s
+        self._over = bytearray(len(requests))
+        self._warmup_s = scenario.warmup
+        counted = np.asarray(requests.scheduled_s) >= scenario.warmup
+        kinds, several = np.asarray(requests.kind), np.asarray(requests.output_tokens) > 1
+        self._watches: list[list[_Watch]] = []  # by kind of request
+        for number, (name, _) in enumerate(requests.kinds):
+            mine = counted & (kinds == number)
+            slo = next((c.slo for c in scenario.traffic if c.name == name), {}) if mine.any() else {}
+            self._watches.append(
+                [
+                    # A request of one token has no time per output token, and counts where it is lost.
+                    _Watch(
+                        name, metric, statistic, limit_ms, int((mine & several if metric == "tpot_ms" else mine).sum())
+                    )
+                    for metric, limits in slo.items()
+                    for statistic, limit_ms in limits.items()
+                ]
+            )
+        self._waiting = [
+            _Waiting(watch, requests, np.flatnonzero(counted & (kinds == number)).tolist())
+            for number, watches in enumerate(self._watches)
+            for watch in watches
+            if watch.metric in ("ttft_ms", "e2el_ms") and watch.statistic != "mean"
+        ]
+        self._overdue_s = min((w.overdue_s for w in self._waiting), default=NEVER)
 
     def decided(self, event: Event, actions: Sequence[Action], *, now_s: float) -> None:
         """An event was handled. Raises BeyondDoubt when it settled the verdict."""
-        for request_id, completed in _ended(event, actions):
-            request = self._requests.get(request_id)
-            if request is not None:
-                self._over.add(request_id)
-                first_s = self._first_token_s(request_id) + self._downlink_s
-                for watch in self._watches[request.traffic_class]:
-                    if completed:
-                        watch.completed(request, first_s, now_s + self._downlink_s)
-                    else:
-                        watch.lost(request)
-                    watch.judge(now_s)
+        if type(event) is Cancel:
+            self._ended(event.request_id, False, now_s)
+        for action in actions:
+            kind = type(action)
+            if kind is Complete or kind is Reject or kind is Fail:
+                self._ended(action.request_id, kind is Complete, now_s)  # type: ignore[union-attr]
         if now_s > self._overdue_s:
-            for watch in self._patient:
-                watch.wait(self._still_waits, now_s)
+            for waiting in self._waiting:
+                waiting.look(self._still_waits, now_s)
+                waiting.watch.judge(now_s)
+            self._overdue_s = min(w.overdue_s for w in self._waiting)
+
+    def _ended(self, request_id: int, completed: bool, now_s: float) -> None:
+        requests = self._requests
+        scheduled_s, watches = requests.scheduled_s[request_id], self._watches[requests.kind[request_id]]
+        self._over[request_id] = 1
+        if not watches or scheduled_s < self._warmup_s:
+            return
+        tokens = requests.output_tokens[request_id]
+        first_s, last_s = self._first_token_s(request_id) + self._downlink_s, now_s + self._downlink_s
+        for watch in watches:
+            if not completed:
+                watch.lost(request_id, tokens)
                 watch.judge(now_s)
-            self._overdue_s = min(w.overdue_s for w in self._patient)
+            elif watch.late(request_id, scheduled_s, first_s, last_s, tokens):
+                watch.judge(now_s)
 
     def _still_waits(self, request_id: int, metric: str) -> bool:
         """Whether the first token, or the last, is still to come."""
         first_s = self._first_token_s(request_id)
-        return request_id not in self._over and (metric != "ttft_ms" or first_s != first_s)
-
-
-def _ended(event: Event, actions: Sequence[Action]) -> Iterator[tuple[int, bool]]:
-    """The requests that are over, and whether they were completed."""
-    if type(event) is Cancel:
-        yield event.request_id, False
-    for action in actions:
-        if type(action) in (Complete, Reject, Fail):
-            yield action.request_id, type(action) is Complete  # type: ignore[union-attr]
+        return not self._over[request_id] and (metric != "ttft_ms" or first_s != first_s)
 
 
 class _Watch:
     """One SLO of one class: who has missed it for good, and whether that is too many."""
 
-    def __init__(
-        self, name: str, metric: str, statistic: str, limit_ms: float, requests: Sequence[ScheduledRequest]
-    ) -> None:
-        self._name, self._metric, self._statistic, self._limit_ms = name, metric, statistic, limit_ms
-        self.waits = metric in ("ttft_ms", "e2el_ms") and statistic != "mean"
-        self._requests = requests
-        self._next = 0
-        # A request of one token has no time per output token, and counts where it is lost.
-        self._asked = sum(r.output_tokens > 1 for r in requests) if metric == "tpot_ms" else len(requests)
+    def __init__(self, name: str, metric: str, statistic: str, limit_ms: float, asked: int) -> None:
+        self.metric, self.statistic, self.limit_ms = metric, statistic, limit_ms
+        self.missed: set[int] = set()
+        self._name, self._asked = name, asked
         self._lost, self._total_ms = 0, 0.0
-        self._missed: set[int] = set()
+        self._late_ms = limit_ms * EXACT
         self._doubt = _Doubt(statistic, limit_ms)
 
-    @property
-    def overdue_s(self) -> float:
-        """When the next request that was not looked at has waited as long as the limit allows."""
-        if self._next >= len(self._requests):
-            return NEVER
-        return self._requests[self._next].scheduled_s + self._limit_ms / 1e3 + MICROSECOND_S
-
-    def lost(self, request: ScheduledRequest) -> None:
+    def lost(self, request_id: int, tokens: int) -> None:
         self._lost += 1
-        self._asked += self._metric == "tpot_ms" and request.output_tokens < 2
-        self._missed.add(request.index)
+        self._asked += self.metric == "tpot_ms" and tokens < 2
+        self.missed.add(request_id)
 
-    def completed(self, request: ScheduledRequest, first_s: float, last_s: float) -> None:
-        """The client has its first and its last token no earlier than that."""
-        match self._metric:
-            case "e2el_ms":
-                value_ms = summary.latency_ms(request.scheduled_s, last_s)
-            case "ttft_ms":
-                value_ms = summary.latency_ms(request.scheduled_s, first_s)
-            case "tpot_ms" if request.output_tokens > 1:
-                value_ms = summary.tpot_ms(first_s, last_s, request.output_tokens)
-            case _:
-                return
+    def late(self, request_id: int, scheduled_s: float, first_s: float, last_s: float, tokens: int) -> bool:
+        """The client has its first and its last token no earlier than that: whether it brings the verdict nearer."""
+        metric = self.metric
+        if metric == "e2el_ms":
+            value_ms = summary.latency_ms(scheduled_s, last_s)
+        elif metric == "ttft_ms":
+            value_ms = summary.latency_ms(scheduled_s, first_s)
+        elif metric == "tpot_ms" and tokens > 1:
+            value_ms = summary.tpot_ms(first_s, last_s, tokens)
+        else:
+            return False
         self._total_ms += value_ms / EXACT
-        if value_ms > self._limit_ms * EXACT:
-            self._missed.add(request.index)
-
-    def wait(self, still_waits: Callable[[int, str], bool], now_s: float) -> None:
-        """Counts those who wait beyond the limit."""
-        while now_s > self.overdue_s:
-            request_id = self._requests[self._next].index
-            self._next += 1
-            if still_waits(request_id, self._metric):
-                self._missed.add(request_id)
+        if value_ms > self._late_ms:
+            self.missed.add(request_id)
+            return True
+        return self.statistic == "mean"
 
     def judge(self, now_s: float) -> None:
         """Raises BeyondDoubt where too many have missed it."""
         if self._beyond_doubt():
-            missed, asked = len(self._missed), self._asked
-            raise BeyondDoubt(Stopped(self._name, self._metric, self._statistic, self._limit_ms, now_s, missed, asked))
+            missed, asked = len(self.missed), self._asked
+            raise BeyondDoubt(Stopped(self._name, self.metric, self.statistic, self.limit_ms, now_s, missed, asked))
 
     def _beyond_doubt(self) -> bool:
-        if self._statistic == "mean" and self._total_ms > self._limit_ms * self._asked:
+        if self.statistic == "mean" and self._total_ms > self.limit_ms * self._asked:
             values_ms = np.zeros(self._asked)
             values_ms[0] = self._total_ms
-            return not summary.slo_met(values_ms, "mean", self._limit_ms, lost=0, answered=self._asked)
+            return not summary.slo_met(values_ms, "mean", self.limit_ms, lost=0, answered=self._asked)
         if self._doubt.over(self._lost, self._asked):
             return True
-        late_too = self._statistic != "mean" and self._metric != "itl_ms"
-        return late_too and self._doubt.over(len(self._missed) - 1, self._asked)
+        late_too = self.statistic != "mean" and self.metric != "itl_ms"
+        return late_too and self._doubt.over(len(self.missed) - 1, self._asked)
+
+
+class _Waiting:
+    """The requests of one class in order of time: who of them has waited longer than a limit allows."""
+
+    def __init__(self, watch: _Watch, requests: Columns, mine: list[int]) -> None:
+        self.watch = watch
+        self._scheduled_s, self._mine, self._next = requests.scheduled_s, mine, 0
+        self.overdue_s = self._due_s()
+
+    def _due_s(self) -> float:
+        if self._next >= len(self._mine):
+            return NEVER
+        return self._scheduled_s[self._mine[self._next]] + self.watch.limit_ms / 1e3 + MICROSECOND_S
+
+    def look(self, still_waits: Callable[[int, str], bool], now_s: float) -> None:
+        """Counts those who are overdue."""
+        while now_s > self.overdue_s:
+            request_id = self._mine[self._next]
+            self._next += 1
+            self.overdue_s = self._due_s()
+            if still_waits(request_id, self.watch.metric):
+                self.watch.missed.add(request_id)
 
 
 @dataclass(slots=True)
