@@ -24,7 +24,7 @@ def plan(
     from gpuplan.record import store
     from gpuplan.scenario import deployment, files
     from gpuplan.scenario.schedule import build_schedule
-    from gpuplan.sim.service_times import ServiceTimes
+    from gpuplan.sim import profiles
     from gpuplan.sim.simulator import simulate
 
     if source.is_dir():
@@ -38,7 +38,7 @@ def plan(
         asked = common.load_scenario(source, settings=settings)
         schedule, _ = common.build_schedule(asked, rate=None, speed=1.0)
         folder = common.run_folder(out, asked.name)
-        run = simulate(asked, deployment.resolve(asked), schedule, ServiceTimes({}), seed=asked.seed)
+        run = simulate(asked, deployment.resolve(asked), schedule, profiles.service_times(asked), seed=asked.seed)
     if folder != source:
         store.write(run, folder)
     made = common.make_plan(run, quiet=as_json)

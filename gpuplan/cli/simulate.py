@@ -31,14 +31,14 @@ def simulate(
     from gpuplan.plan import calibrate
     from gpuplan.record import conditions, store
     from gpuplan.report.simulating import SimulationDisplay
+    from gpuplan.sim import profiles
     from gpuplan.sim.seeds import simulate_seeds
-    from gpuplan.sim.service_times import ServiceTimes
 
     if fail_on:
         conditions.parse(fail_on)
     asked = common.load_scenario(scenario, settings=settings, duration=duration, days=days, seed=seed)
     schedule, scale = common.build_schedule(asked, rate=rate, speed=speed)
-    times = calibrate.fit(store.read(times_from)) if times_from else ServiceTimes({})
+    times = calibrate.fit(store.read(times_from)) if times_from else profiles.service_times(asked)
     folder = common.run_folder(out, asked.name)
     with SimulationDisplay(asked.name, duration_s=schedule.duration_s, seeds=seeds - 1, quiet=as_json) as display:
         run, figures_by_seed = simulate_seeds(

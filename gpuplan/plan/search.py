@@ -211,7 +211,7 @@ class _Layouts:
 
     def _all_capacities(self) -> dict[tuple[str, str], float]:
         """Requests per second of every model on every profile of the card that it fits."""
-        found = {}
+        found, unknown = {}, dict[str, RunError]()
         for part in (mig.whole(self._card), *mig.plain_profiles(self._card)):
             for name, source in self._trials.scenario.models.items():
                 alone = ReplicaSpec(model=name, slice=part.name)
@@ -220,16 +220,25 @@ class _Layouts:
                 except InputError:
                     continue  # it does not fit there
                 (replica,) = deployment.replicas
-                timer = self._trials.times.timer(deployment, replica)
+                try:
+                    timer = self._trials.times.timer(deployment, replica)
+                except RunError as error:
+                    unknown[name] = error
+                    continue  # nobody has measured it there
                 found[(name, part.name)] = capacity.requests_per_s_max(
                     replica, timer, self._trials.demands[name], deployment.batching[name]
                 )
+        for name, why in unknown.items():
+            if not any(model == name for model, _ in found):
+                raise why
         return found
 
     def _why_impossible(self, profiles: tuple[str, ...], count: int) -> str:
         for model in self._rates:
             if not any((model, kind) in self._capacities for kind in profiles):
-                return f"no slice has the memory for {model}"
+                return (
+                    f"no slice has the memory{' and a measurement' if self._trials.times.measured else ''} for {model}"
+                )
         return f"slices for {len(self._rates)} models, each of which needs its own: there are {len(profiles) * count}"
 
 

@@ -25,7 +25,7 @@ from gpuplan.scenario.demand import Scenario
 from gpuplan.scenario.onnx_files import CONFIG_CHARS_MAX
 from gpuplan.scenario.settings import FLAG, apply, set_by
 
-SOURCES = ("builtin", "onnx", "emulate", "shape")
+SOURCES = ("builtin", "onnx", "emulate", "shape", "profiled")
 """What a model is, of which it is exactly one."""
 
 CardsHere = Callable[[], Mapping[str, tuple[Profile, ...]]]
@@ -72,12 +72,16 @@ def check(scenario: Scenario) -> None:
         for field in ("task", "context_tokens_max", "onnx_shape"):
             if source.onnx is None and getattr(source, field) is not None:
                 raise InputError("belongs to an ONNX file", key=f"models.{name}.{field}", allowed="only beside onnx")
+        if source.profiled is not None and scenario.profiles is None:
+            raise InputError("there is no table", key=f"models.{name}.profiled", allowed="beside profiles: table.csv")
         if source.onnx_shape is not None:
             _check_shape(source.onnx_shape, f"models.{name}.onnx_shape")
         if source.emulate is not None:
             shapes.shape(source.emulate, key=f"models.{name}.emulate")
         if isinstance(source.shape, demand.ShapeSpec):
             _check_shape(source.shape, f"models.{name}.shape")
+    if scenario.profiles is not None and not os.path.isfile(scenario.profiles):
+        raise InputError("no such file", key="profiles", value=scenario.profiles)
     seen: set[str] = set()
     for i, traffic in enumerate(scenario.traffic):
         _check_class(scenario, traffic, f"traffic[{i}]")
@@ -253,7 +257,8 @@ def _with_absolute_paths(scenario: Scenario, folder: Path) -> Scenario:
         else c
         for c in scenario.traffic
     ]
-    return msgspec.structs.replace(scenario, models=models, traffic=traffic)
+    profiles = absolute(scenario.profiles) if scenario.profiles is not None else None
+    return msgspec.structs.replace(scenario, models=models, traffic=traffic, profiles=profiles)
 
 
 def _on_this_machine(spec: demand.DeploymentSpec, cards_here: CardsHere) -> demand.DeploymentSpec:
