@@ -11,6 +11,7 @@ def bench(
     scenario: Path = typer.Argument(..., help="A scenario file."),
     target: str = typer.Option("local", help="local (a server process on loopback), in-process, or a URL."),
     out: Path | None = typer.Option(None, help="Run folder. Default: reports/<name>-<time>/"),
+    settings: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Replace a value of the scenario file."),
     rate: float | None = typer.Option(None, help="Requests per second in all; the classes keep their shares."),
     duration: str | None = typer.Option(None, help="How long to send, e.g. 30s."),
     seed: int | None = typer.Option(None, min=0, help="Seed of arrivals and lengths."),
@@ -30,7 +31,7 @@ def bench(
     Example: gpuplan bench scenarios/quickstart.yaml --out reports/mine
     """
     from gpuplan.cli import common
-    from gpuplan.errors import InputError, RunError
+    from gpuplan.errors import InputError
     from gpuplan.load import bench as load
     from gpuplan.record import conditions, store
     from gpuplan.report.live import LiveDisplay
@@ -47,7 +48,7 @@ def bench(
         headers[name.strip()] = value.strip()
     choice.check(telemetry)
     sampler.check_hz(sample_hz)
-    asked = common.load_scenario(scenario, duration=duration, seed=seed)
+    asked = common.load_scenario(scenario, settings=settings, duration=duration, seed=seed)
     schedule, scale = common.build_schedule(asked, rate=rate, speed=speed)
     resolved = deployment.resolve(asked)
     folder = common.run_folder(out, asked.name)
@@ -59,8 +60,4 @@ def bench(
     if not no_plan:
         plan = common.make_plan(run, quiet=as_json)
     figures = common.deliver(run, folder, plan, as_json=as_json)
-    if run.meta.failure:
-        raise RunError(run.meta.failure)
-    if not figures["overall"]["completed"]:
-        raise RunError("no request was completed")
-    common.exit_on(fail_on, figures)
+    common.judge(run, figures, fail_on)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,10 +16,18 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 COUNT_MAX = 1_000_000
+DAY_S = 86_400.0
 
 
-def load_scenario(path: Path, *, duration: str | None = None, seed: int | None = None) -> Scenario:
-    """The checked scenario with the command line's overrides, which must have traffic."""
+def load_scenario(
+    path: Path,
+    *,
+    settings: Sequence[str] = (),
+    duration: str | None = None,
+    days: float | None = None,
+    seed: int | None = None,
+) -> Scenario:
+    """The checked scenario with the command line's overrides, which must have traffic. `settings` are KEY=VALUE."""
     import msgspec
 
     from gpuplan.errors import InputError
@@ -27,7 +35,7 @@ def load_scenario(path: Path, *, duration: str | None = None, seed: int | None =
     from gpuplan.scenario.build import duration_s
     from gpuplan.telemetry import nvml
 
-    scenario = files.load(path, cards_here=nvml.cards_here)
+    scenario = files.load(path, settings=settings, cards_here=nvml.cards_here)
     if not scenario.traffic:
         raise InputError("nothing to send", file=str(path), key="traffic", allowed="at least one traffic class")
     changes: dict[str, Any] = {}
@@ -36,6 +44,13 @@ def load_scenario(path: Path, *, duration: str | None = None, seed: int | None =
             changes["duration"] = duration_s(duration)
         except ValueError:
             raise InputError("not a duration", key="--duration", value=duration, allowed="e.g. 30s, 5m") from None
+    if days is not None:
+        if duration is not None:
+            raise InputError("says the same as --duration", key="--days", value=days, allowed="one of the two")
+        if not 0 < days < float("inf"):
+            raise InputError("must be above zero", key="--days", value=days, allowed="e.g. 7, 0.5")
+        changes["duration"] = days * DAY_S
+    if "duration" in changes:
         # A shorter run keeps the share of it that is warm-up.
         changes["warmup"] = scenario.warmup * min(changes["duration"] / scenario.duration, 1.0)
     if seed is not None:
@@ -87,10 +102,12 @@ def deliver(run: Run, folder: Path, plan: dict[str, Any] | None, *, as_json: boo
 
     from rich.console import Console
 
-    from gpuplan.record import store, summary
+    from gpuplan.record import intervals, store, summary
     from gpuplan.report import console, page
 
     figures = summary.summarize(run)
+    if seeds := store.read_seeds(folder):
+        figures["seeds"] = intervals.over_seeds(seeds)
     store.write_json(folder / "summary.json", figures)
     if plan is not None:
         store.write_json(folder / "plan.json", plan)
@@ -103,11 +120,15 @@ def deliver(run: Run, folder: Path, plan: dict[str, Any] | None, *, as_json: boo
     return figures
 
 
-def exit_on(conditions: str | None, figures: dict[str, Any]) -> None:
-    """Raises RunError when a `--fail-on` condition is met."""
+def judge(run: Run, figures: dict[str, Any], conditions: str | None) -> None:
+    """Raises RunError for a run that failed or completed no request, and when a `--fail-on` condition is met."""
     from gpuplan.errors import RunError
     from gpuplan.record.conditions import parse
 
+    if run.meta.failure:
+        raise RunError(run.meta.failure)
+    if not figures["overall"]["completed"]:
+        raise RunError("no request was completed")
     broken = [line for c in (parse(conditions) if conditions else []) if (line := c.broken(figures))]
     if broken:
         raise RunError("--fail-on: " + "; ".join(broken))
@@ -125,7 +146,7 @@ def make_plan(run: Run, *, quiet: bool) -> dict[str, Any] | None:
     console = Console(stderr=True, quiet=quiet)
     try:
         with console.status("planning") as status:
-            return search(run, on_progress=lambda text: status.update(Text(f"planning: {text}")))
+            return search(run, workers=None, on_progress=lambda text: status.update(Text(f"planning: {text}")))
     except KeyboardInterrupt:
         why = "planning was interrupted"
     except GpuplanError as error:

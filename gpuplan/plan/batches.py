@@ -27,11 +27,11 @@ WORTH = 0.05
 
 def recommend(trials: Trials, chosen: Trial) -> tuple[DeploymentSpec, dict[str, str]]:
     """The chosen deployment with its batching settled, and for each model why."""
-    spec, reasons = chosen.spec, {}
-    for model in trials.scenario.models:
-        rule, reasons[model] = _settle(trials, chosen.deployment, model)
-        spec = msgspec.structs.replace(spec, batching={**spec.batching, model: rule})
-    return spec, reasons
+    models = list(trials.scenario.models)
+    settled = trials.workers.each(lambda model: _settle(trials, chosen.deployment, model), models)
+    rules = {model: rule for model, (rule, _) in zip(models, settled, strict=True)}
+    spec = msgspec.structs.replace(chosen.spec, batching={**chosen.spec.batching, **rules})
+    return spec, {model: reason for model, (_, reason) in zip(models, settled, strict=True)}
 
 
 def _settle(trials: Trials, deployment: Deployment, model: str) -> tuple[BatchingSpec, str]:
@@ -41,14 +41,12 @@ def _settle(trials: Trials, deployment: Deployment, model: str) -> tuple[Batchin
     seen_max = int(before.figures["models"][model]["batch_size"]["max"] or 1)
     larger = [size for size in SIZES if seen_max >= configured.max_batch_size < size]
     smaller = [size for size in SIZES if size < min(seen_max, configured.max_batch_size)]
-    changes: list[dict[str, Any]] = [{"max_batch_size": size} for size in (*reversed(smaller), *larger)]
+    kinds: list[list[dict[str, Any]]] = [[{"max_batch_size": size} for size in (*reversed(smaller), *larger)]]
     if deployment.replicas_of(model)[0].role != "decoder":
-        changes += [{"max_queue_delay": delay_s} for delay_s in DELAYS_S]
-    for change in changes:
-        changed = msgspec.structs.replace(rule, **change)
-        part = trials.part(deployment.with_batching(model, changed), model, factor=stress)
-        if changed != rule and _clearly_better(part, best):
-            rule, best = changed, part
+        kinds.append([{"max_queue_delay": delay_s} for delay_s in DELAYS_S])
+    for changes in kinds:
+        candidates = [rule, *(msgspec.structs.replace(rule, **change) for change in changes)]
+        rule, best = _best(trials, deployment, model, candidates, best, stress)
     held = thresholds.highest_held(trials, deployment.with_batching(model, rule), model)
     if held < stress:  # more room at that load and less load in all: not a bargain
         rule = configured
@@ -62,6 +60,20 @@ def _settle(trials: Trials, deployment: Deployment, model: str) -> tuple[Batchin
         )
     depth, why_depth = _queue_limit(trials, deployment, model, rule)
     return msgspec.structs.replace(rule, max_queue_size=depth), f"{why}; {why_depth}"
+
+
+def _best(
+    trials: Trials, deployment: Deployment, model: str, rules: list[BatchingSpec], best: Part, stress: float
+) -> tuple[BatchingSpec, Part]:
+    """The first rule, whose part is `best`, or the last of the others that was clearly better than all before it."""
+    # Beside one that holds, those that do not are out of the question, whatever their figures.
+    ask = trials.part_if_holds if best.holds else trials.part
+    rule, others = rules[0], [other for other in rules[1:] if other != rules[0]]
+    parts = trials.workers.each(lambda r: ask(deployment.with_batching(model, r), model, factor=stress), others)
+    for other, part in zip(others, parts, strict=True):
+        if part is not None and _clearly_better(part, best):
+            rule, best = other, part
+    return rule, best
 
 
 def _clearly_better(part: Part, best: Part) -> bool:

@@ -20,6 +20,7 @@ from gpuplan.scenario import files
 from gpuplan.scenario.demand import SlowFault
 from gpuplan.scenario.deployment import Deployment, place_of, resolve
 from gpuplan.scenario.schedule import Schedule, ScheduledRequest
+from gpuplan.sim import profiles
 from gpuplan.sim.service_times import Fit, ServiceTimes
 from gpuplan.sim.simulator import simulate
 
@@ -44,8 +45,9 @@ SAMPLES_FOR = {"p50": 10, "p95": 60, "p99": 300}
 
 
 def fit(run: Run, *, until_s: float = float("inf")) -> ServiceTimes:
-    """Service times from the steps begun before `until_s`; empty where the run has no batch rows."""
-    deployment = resolve(files.from_builtins(run.meta.scenario))
+    """Service times from the steps begun before `until_s`, and from the scenario's table where nothing was measured."""
+    scenario = files.from_builtins(run.meta.scenario)
+    deployment = resolve(scenario)
     by_id = {r.id: r for r in deployment.every_replica()}
     steps = run.batches[~run.batches["failed"].astype(bool) & (run.batches["started_s"] < until_s)]
     steps = steps[~_slowed(steps, deployment, begun_s=float(run.requests["arrived_s"].min()))]
@@ -62,7 +64,10 @@ def fit(run: Run, *, until_s: float = float("inf")) -> ServiceTimes:
         if len(loads) >= STEPS_MIN:
             fits[(model, slice_name)] = _fit(loads, seconds, [costs.step_s(load) for load in loads] if costs else None)
     uplink_s, downlink_s = _overheads(run, until_s)
-    return ServiceTimes(fits, uplink_s, downlink_s)
+    elsewhere = profiles.service_times(scenario)
+    if run.meta.source == "simulate":  # its steps took what the table says: that is no measurement of its own
+        fits = {key: fit for key, fit in fits.items() if key[0] not in {model for model, *_ in elsewhere.measured}}
+    return ServiceTimes(fits, uplink_s, downlink_s, elsewhere.measured)
 
 
 def backtest(run: Run) -> dict[str, Any] | None:

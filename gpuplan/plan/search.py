@@ -32,6 +32,7 @@ from gpuplan.record.summary import Summary
 from gpuplan.scenario import deployment as supply
 from gpuplan.scenario import files
 from gpuplan.scenario.demand import DeploymentSpec, ReplicaSpec, Scenario
+from gpuplan.sim.many import Workers
 
 ASSIGNMENTS_SIMULATED = 3
 """Per layout: the load estimate ranks well, but not so well that a later choice is never better."""
@@ -43,14 +44,24 @@ ALIKE = 0.05
 FRESH_SEEDS = (1001, 2002)
 
 
-def make_plan(run: Run, *, on_progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+def make_plan(
+    run: Run, *, workers: int | None = 1, on_progress: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
     """`plan.json` for the scenario of a run. Raises RunError when a model's step times are unknown or it fits nowhere.
 
-    `on_progress` is told in a few words what is being tried.
+    `workers` is how many candidates are simulated at once, each in a process of its own (None: one on each core); the
+    plan is the same. `on_progress` is told in a few words what is being tried.
     """
+    with Workers(workers) as hands:
+        hands.warm()
+        return _planned(run, hands, on_progress)
+
+
+def _planned(run: Run, workers: Workers, on_progress: Callable[[str], None]) -> dict[str, Any]:
     started_s = time.perf_counter()
     scenario = _always_there(files.from_builtins(run.meta.scenario))
-    trials = Trials(scenario, calibrate.fit(run), rate_scale=run.meta.rate_scale, speed=run.meta.speed)
+    times = calibrate.fit(run)
+    trials = Trials(scenario, times, rate_scale=run.meta.rate_scale, speed=run.meta.speed, workers=workers)
     own = supply.resolve(scenario)
     if own.engine.tensor_parallel > 1:
         raise RunError(
@@ -72,7 +83,8 @@ def make_plan(run: Run, *, on_progress: Callable[[str], None] = lambda _: None) 
         )
     on_progress("finding thresholds")
     gpus = len(final.deployment.layouts)
-    scaling = {name: thresholds.recommend(trials, final.deployment, name, gpus) for name in scenario.models}
+    names = list(scenario.models)
+    advice = workers.each(lambda name: thresholds.recommend(trials, final.deployment, name, gpus), names)
     on_progress("comparing the simulation with the run")
     return document(
         Findings(
@@ -83,7 +95,7 @@ def make_plan(run: Run, *, on_progress: Callable[[str], None] = lambda _: None) 
             bound=found.bound,
             layouts_tried=found.tried,
             batching_reasons=reasons,
-            autoscale=scaling,
+            autoscale=dict(zip(names, advice, strict=True)),
             backtest=calibrate.backtest(run) if run.meta.source == "bench" else None,
             notes=found.notes,
             started_s=started_s,
@@ -92,15 +104,16 @@ def make_plan(run: Run, *, on_progress: Callable[[str], None] = lambda _: None) 
 
 
 def _always_there(scenario: Scenario) -> Scenario:
-    """The scenario without its autoscale rules: a plan says how many replicas hold the SLOs when all of them are there,
-    and proposes thresholds of its own."""
+    """The scenario without its autoscale rules and its faults: a plan says how many replicas hold the SLOs when all of
+    them are there, and proposes thresholds of its own."""
     spec = scenario.deployment
     fixed = msgspec.structs.replace(spec, autoscale=msgspec.structs.replace(spec.autoscale, models={}))
-    return msgspec.structs.replace(scenario, deployment=fixed)
+    return msgspec.structs.replace(scenario, deployment=fixed, faults=[])
 
 
 def _on_fresh_seeds(trials: Trials, trial: Trial) -> dict[int, Summary]:
-    return {seed: trials.whole(trial.deployment, seed=seed) for seed in FRESH_SEEDS}
+    figures = trials.workers.each(lambda seed: trials.whole(trial.deployment, seed=seed), FRESH_SEEDS)
+    return dict(zip(FRESH_SEEDS, figures, strict=True))
 
 
 @dataclass(slots=True)
@@ -150,22 +163,32 @@ class _Layouts:
 
     def _round(self, count: int, wanted: set[tuple[str, ...]]) -> list[LayoutTried]:
         found = layouts.candidates(self._card, count, self._rates, self._capacities, best=ASSIGNMENTS_SIMULATED)
-        tried = []
-        for i, (profiles, choices) in enumerate(found.items(), start=1):
-            if profiles not in wanted:
-                continue
-            self._say(f"{count} x {self._card.name}, layout {i} of {len(found)}: {' + '.join(profiles)}")
-            results = [self._trials.trial(self._spec(count, profiles, choice.replicas)) for choice in choices]
+        found = {profiles: choices for profiles, choices in found.items() if profiles in wanted}
+        specs = {
+            profiles: [self._spec(count, profiles, choice.replicas) for choice in choices]
+            for profiles, choices in found.items()
+        }
+        here = f"{count} x {self._card.name}"
+        models = self._trials.scenario.models
+        self._trials.ahead(
+            [supply.build(spec, models) for choices in specs.values() for spec in choices],
+            on_progress=lambda done, of: self._say(f"{here}, simulation {done} of {of}"),
+        )
+
+        def tried(profiles: tuple[str, ...]) -> LayoutTried:
+            self._say(f"{here}: {' + '.join(profiles)}")
+            results = [self._trials.trial(spec) for spec in specs[profiles]]
             best = self._trimmed(min(results, key=lambda t: t.rank)) if results else None
-            tried.append(LayoutTried(count, profiles, best, "" if best else self._why_impossible(profiles, count)))
-        return tried
+            return LayoutTried(count, profiles, best, "" if best else self._why_impossible(profiles, count))
+
+        return self._trials.workers.each(tried, specs)
 
     def _trimmed(self, trial: Trial, margin_max: float | None = None) -> Trial:
         """The trial without the replicas that it holds as well without: what is left free, others can have."""
         margin_max = trial.margin * (1 + ALIKE) if margin_max is None else margin_max
         for spec in _one_replica_fewer(trial.spec):
-            smaller = self._trials.trial(spec)
-            if smaller.holds and smaller.margin <= margin_max:
+            smaller = self._trials.trial_if_holds(spec)
+            if smaller is not None and smaller.margin <= margin_max:
                 return self._trimmed(smaller, margin_max)
         return trial
 
@@ -178,9 +201,13 @@ class _Layouts:
         alike.sort(key=lambda t: (t.occupied, t.rank))
         others = [t for t in holding if t not in alike]
         for finalist in [*alike, *others][:FINALISTS]:
-            if self._trials.trial(finalist.spec, seeds=(0, *FRESH_SEEDS)).holds:
+            if self._holds_on_fresh_seeds(finalist.spec):
                 return finalist
         return None
+
+    def _holds_on_fresh_seeds(self, spec: DeploymentSpec) -> bool:
+        trials = self._trials
+        return all(trials.workers.each(lambda seed: trials.trial_if_holds(spec, seeds=(seed,)), FRESH_SEEDS))
 
     def _spec(self, count: int, profiles: tuple[str, ...], replicas: tuple[ReplicaSpec, ...]) -> DeploymentSpec:
         cut = [] if profiles == (mig.WHOLE,) else list(profiles)
@@ -188,7 +215,7 @@ class _Layouts:
 
     def _all_capacities(self) -> dict[tuple[str, str], float]:
         """Requests per second of every model on every profile of the card that it fits."""
-        found = {}
+        found, unknown = {}, dict[str, RunError]()
         for part in (mig.whole(self._card), *mig.plain_profiles(self._card)):
             for name, source in self._trials.scenario.models.items():
                 alone = ReplicaSpec(model=name, slice=part.name)
@@ -197,16 +224,25 @@ class _Layouts:
                 except InputError:
                     continue  # it does not fit there
                 (replica,) = deployment.replicas
-                timer = self._trials.times.timer(deployment, replica)
+                try:
+                    timer = self._trials.times.timer(deployment, replica)
+                except RunError as error:
+                    unknown[name] = error
+                    continue  # nobody has measured it there
                 found[(name, part.name)] = capacity.requests_per_s_max(
                     replica, timer, self._trials.demands[name], deployment.batching[name]
                 )
+        for name, why in unknown.items():
+            if not any(model == name for model, _ in found):
+                raise why
         return found
 
     def _why_impossible(self, profiles: tuple[str, ...], count: int) -> str:
         for model in self._rates:
             if not any((model, kind) in self._capacities for kind in profiles):
-                return f"no slice has the memory for {model}"
+                return (
+                    f"no slice has the memory{' and a measurement' if self._trials.times.measured else ''} for {model}"
+                )
         return f"slices for {len(self._rates)} models, each of which needs its own: there are {len(profiles) * count}"
 
 

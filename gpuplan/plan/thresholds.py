@@ -9,9 +9,10 @@ replica fewer would hold too gives the threshold to scale down. Both are average
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
-from gpuplan.plan.trials import Trials
+from gpuplan.plan.trials import Part, Trials
 from gpuplan.scenario.deployment import Deployment
 
 METRIC = "queue_depth_per_replica"
@@ -28,7 +29,7 @@ QUEUE_MIN = 0.1
 
 def recommend(trials: Trials, deployment: Deployment, model: str, gpus: int) -> dict[str, Any]:
     """`autoscale.<model>` of a plan, the simulated loads behind it included."""
-    rows = _sweep(trials, deployment, model)
+    rows = _sweep(trials, deployment, model, trials.part)
     replicas = len(deployment.replicas_of(model))
     held = [row for row in rows if row["meets_slos"]]
     last = held[-1] if held else None
@@ -51,30 +52,42 @@ def recommend(trials: Trials, deployment: Deployment, model: str, gpus: int) -> 
 
 def highest_held(trials: Trials, deployment: Deployment, model: str) -> float:
     """The highest multiple of the rate at which the model's SLOs hold; 1 where none does."""
-    held = [row["rate_factor"] for row in _sweep(trials, deployment, model) if row["meets_slos"]]
-    return float(max([*held, 1.0]))
+    rows = _sweep(trials, deployment, model, trials.part_if_holds)
+    return float(max([1.0, *(row["rate_factor"] for row in rows if row["meets_slos"])]))
 
 
-def _sweep(trials: Trials, deployment: Deployment, model: str) -> list[dict[str, Any]]:
+def _sweep(
+    trials: Trials, deployment: Deployment, model: str, part: Callable[..., Part | None]
+) -> list[dict[str, Any]]:
     """Loads and what became of them, in order of load, none after the first that misses an SLO."""
-    rows = {factor: _row(trials, deployment, model, factor) for factor in (0.5, 1.0)}
-    factor = 1.0
+
+    def row(factor: float) -> dict[str, Any]:
+        return _row(part(deployment, model, factor=factor), deployment, model, factor)
+
+    def tried(*factors: float) -> dict[float, dict[str, Any]]:
+        return dict(zip(factors, trials.workers.each(row, factors), strict=True))
+
+    rows = tried(0.5, 1.0)
+    factor, abreast = 1.0, min(trials.workers.count, 2)  # the second is in vain where the first breaks
     while rows[factor]["meets_slos"] and factor < FACTOR_MAX:
-        factor *= 2
-        rows[factor] = _row(trials, deployment, model, factor)
+        ahead = [factor * 2**i for i in range(1, abreast + 1) if factor * 2**i <= FACTOR_MAX]
+        rows |= tried(*ahead)
+        factor = next((f for f in ahead if not rows[f]["meets_slos"]), ahead[-1])
     if not rows[factor]["meets_slos"]:
         good, bad = factor / 2, factor
         for _ in range(HALVINGS):
             middle = round(math.sqrt(good * bad), 2)
-            rows[middle] = _row(trials, deployment, model, middle)
+            rows |= tried(middle)
             good, bad = (middle, bad) if rows[middle]["meets_slos"] else (good, middle)
     ordered = [rows[factor] for factor in sorted(rows)]
     first_miss = next((i for i, row in enumerate(ordered) if not row["meets_slos"]), len(ordered))
     return ordered[: first_miss + 1]
 
 
-def _row(trials: Trials, deployment: Deployment, model: str, factor: float) -> dict[str, Any]:
-    part = trials.part(deployment, model, factor=factor)
+def _row(part: Part | None, deployment: Deployment, model: str, factor: float) -> dict[str, Any]:
+    """None is a part that does not hold, whose figures nobody asked for."""
+    if part is None:
+        return {"rate_factor": factor, "meets_slos": False}
     depth = part.figures["models"][model]["queue_depth"]
     replicas = len(deployment.replicas_of(model))
     return {

@@ -3,25 +3,34 @@
 A model's requests meet only its own replicas, so a deployment is tried model by model: what one model does on
 '2g.20gb + 1g.10gb' is the same in every layout that gives it those, and is simulated once. A `Part` is one model's
 result on one set of replicas, the worst over the seeds asked for; a `Trial` is a whole deployment's.
+
+`Trials` may be asked from several threads, and simulates on as many cores as its `Workers` have. Where only those that
+hold matter (`part_if_holds`, `trial_if_holds`), a simulation ends as soon as an SLO is missed beyond doubt; whoever
+needs the figures of such a loser later has it simulated to its end. Neither changes what is chosen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 
+from gpuplan.hardware import mig
 from gpuplan.plan.capacity import ModelDemand, demand_of
 from gpuplan.record import summary
 from gpuplan.record.summary import Summary
 from gpuplan.scenario import deployment as supply
-from gpuplan.scenario.demand import DeploymentSpec, Scenario, Trace
+from gpuplan.scenario.demand import DeploymentSpec, ReplicaSpec, Scenario, Trace
 from gpuplan.scenario.deployment import Deployment
 from gpuplan.scenario.schedule import Schedule, build_schedule
+from gpuplan.sim.candidate import Candidate
+from gpuplan.sim.many import Workers
 from gpuplan.sim.service_times import ServiceTimes
-from gpuplan.sim.simulator import simulate
 
 HORIZON_S_MIN = 60.0
 """A scenario whose arrivals are drawn is planned on at least this long: on less, a p95 is a handful of requests."""
@@ -94,11 +103,21 @@ class LayoutTried:
 class Trials:
     """Simulates deployments for one scenario, and remembers."""
 
-    def __init__(self, scenario: Scenario, times: ServiceTimes, *, rate_scale: float, speed: float) -> None:
+    def __init__(
+        self,
+        scenario: Scenario,
+        times: ServiceTimes,
+        *,
+        rate_scale: float,
+        speed: float,
+        workers: Workers | None = None,
+    ) -> None:
         self.scenario, self.times = scenario, times
+        self.workers = workers or Workers(1)
         self._rate_scale, self._speed = rate_scale, speed
-        self._parts: dict[tuple[Any, ...], Part] = {}
+        self._parts: dict[tuple[Any, ...], Future[Part | None]] = {}
         self._schedules: dict[tuple[str | None, int, float], Schedule] = {}
+        self._lock = threading.RLock()
         self.simulations = 0
         self.notes: list[str] = []
         self.demands: dict[str, ModelDemand] = {
@@ -112,53 +131,128 @@ class Trials:
             spec, deployment, {name: self.part(deployment, name, seeds=seeds) for name in self.scenario.models}
         )
 
+    def trial_if_holds(self, spec: DeploymentSpec, *, seeds: Sequence[int] = (0,)) -> Trial | None:
+        """The same, or None where some model does not hold on some seed."""
+        deployment = supply.build(spec, self.scenario.models)
+        parts = {}
+        for name in self.scenario.models:
+            part = self.part_if_holds(deployment, name, seeds=seeds)
+            if part is None:
+                return None
+            parts[name] = part
+        return Trial(spec, deployment, parts)
+
     def part(self, deployment: Deployment, model: str, *, seeds: Sequence[int] = (0,), factor: float = 1.0) -> Part:
         """One model of the deployment at `factor` times its rate, at its worst over the seeds."""
-        return max(
-            (self._part(deployment, model, seed, factor) for seed in seeds), key=lambda p: (not p.holds, p.margin)
+        parts = [self._part(deployment, model, seed, factor) for seed in seeds]
+        return max((part for part in parts if part), key=lambda p: (not p.holds, p.margin))
+
+    def part_if_holds(
+        self, deployment: Deployment, model: str, *, seeds: Sequence[int] = (0,), factor: float = 1.0
+    ) -> Part | None:
+        """The same, or None where it does not hold on one of the seeds."""
+        parts = []
+        for seed in seeds:
+            part = self._part(deployment, model, seed, factor, early_stop=True)
+            if part is None or not part.holds:
+                return None
+            parts.append(part)
+        return max(parts, key=lambda p: p.margin)
+
+    def ahead(self, deployments: Iterable[Deployment], *, on_progress: Callable[[int, int], None]) -> None:
+        """Simulates what trials of these deployments will ask for, on all cores, each part once. `on_progress` hears
+        how many of how many are done."""
+        wanted = {self._key(d, model, 0, 1.0): (d, model) for d in deployments for model in d.models}
+        done = itertools.count(1)
+        self.workers.each(
+            lambda part: self._part(*part, 0, 1.0),
+            wanted.values(),
+            on_done=lambda _: on_progress(next(done), len(wanted)),
         )
 
     def whole(self, deployment: Deployment, *, seed: int = 0) -> Summary:
         """All models of the deployment together, as they will run."""
-        self.simulations += 1
         schedule = self.schedule(None, seed, 1.0)
-        scenario = _lasting(self.scenario, schedule.duration_s)
-        return summary.summarize(
-            simulate(scenario, deployment, schedule, self.times, seed=scenario.seed + seed, keep_telemetry=False)
-        )
+        figures = self._simulated("all models", self.scenario, deployment, schedule, seed, rows=True)
+        assert figures is not None, "nothing stops it early"
+        return figures
 
     def schedule(self, model: str | None, seed: int, factor: float) -> Schedule:
         """The schedule of one model's classes (None: all) with the seed moved and the rates multiplied."""
         key = (model, seed, factor)
-        if key not in self._schedules:
-            scenario = _lasting(_only(self.scenario, model), self._horizon_s())
-            scenario = msgspec.structs.replace(scenario, seed=scenario.seed + seed)
-            built = build_schedule(scenario, rate_scale=self._rate_scale * factor, speed=self._speed)
-            if len(built.requests) > REQUESTS_MAX:
-                cut = built.requests[:REQUESTS_MAX]
-                built = Schedule(cut, cut[-1].scheduled_s)
-                if seed == 0 and factor == 1.0:
-                    self.notes.append(f"planned on the first {cut[-1].scheduled_s:.0f} s of {model or 'all models'}")
-            self._schedules[key] = built
-        return self._schedules[key]
+        with self._lock:
+            if key not in self._schedules:
+                self._schedules[key] = self._built(model, seed, factor)
+            return self._schedules[key]
+
+    def _built(self, model: str | None, seed: int, factor: float) -> Schedule:
+        scenario = _lasting(_only(self.scenario, model), self._horizon_s())
+        scenario = msgspec.structs.replace(scenario, seed=scenario.seed + seed)
+        built = build_schedule(scenario, rate_scale=self._rate_scale * factor, speed=self._speed)
+        if len(built.requests) > REQUESTS_MAX:
+            cut = built.requests[:REQUESTS_MAX]
+            built = Schedule(cut, cut[-1].scheduled_s)
+            if seed == 0 and factor == 1.0:
+                self.notes.append(f"planned on the first {cut[-1].scheduled_s:.0f} s of {model or 'all models'}")
+        return built
 
     def _horizon_s(self) -> float:
         if any(isinstance(c.arrivals, Trace) for c in self.scenario.traffic):
             return self.scenario.duration
         return max(self.scenario.duration, HORIZON_S_MIN)
 
-    def _part(self, deployment: Deployment, model: str, seed: int, factor: float) -> Part:
-        replicas = tuple(r for r in deployment.replicas if r.model == model)
-        key = (model, tuple(sorted(r.slice.name for r in replicas)), deployment.batching[model], seed, factor)
-        if key not in self._parts:
+    def _part(
+        self, deployment: Deployment, model: str, seed: int, factor: float, *, early_stop: bool = False
+    ) -> Part | None:
+        """One simulation, done once whoever asks; None for one that was stopped, where that is allowed."""
+        key = self._key(deployment, model, seed, factor)
+        while True:
+            with self._lock:
+                known = self._parts.get(key)
+                future = self._parts[key] = known or Future()
+            if known is None:
+                try:
+                    future.set_result(self._tried(deployment, model, seed, factor, early_stop))
+                except BaseException as error:
+                    future.set_exception(error)
+                    raise
+            part = future.result()
+            if part is not None or early_stop:
+                return part
+            with self._lock:  # it was stopped, and its figures are wanted after all
+                if self._parts.get(key) is future:
+                    del self._parts[key]
+
+    @staticmethod
+    def _key(deployment: Deployment, model: str, seed: int, factor: float) -> tuple[Any, ...]:
+        slices = sorted(r.slice.name for r in deployment.replicas if r.model == model)
+        return (model, tuple(slices), deployment.batching[model], seed, factor)
+
+    def _tried(self, deployment: Deployment, model: str, seed: int, factor: float, early_stop: bool) -> Part | None:
+        schedule = self.schedule(model, seed, factor)
+        mine = tuple(r for r in deployment.replicas if r.model == model)
+        alone = replace(deployment, replicas=mine, models={model: deployment.models[model]})
+        name = f"{model} on {' + '.join(r.slice.name for r in mine)}"
+        figures = self._simulated(name, _only(self.scenario, model), alone, schedule, seed, early_stop=early_stop)
+        return Part(figures, summary.worst_margin(figures)) if figures is not None else None
+
+    def _simulated(
+        self,
+        name: str,
+        scenario: Scenario,
+        deployment: Deployment,
+        schedule: Schedule,
+        seed: int,
+        *,
+        early_stop: bool = False,
+        rows: bool = False,
+    ) -> Summary | None:
+        with self._lock:
             self.simulations += 1
-            schedule = self.schedule(model, seed, factor)
-            scenario = _lasting(_only(self.scenario, model), schedule.duration_s)
-            alone = replace(deployment, replicas=replicas, models={model: deployment.models[model]})
-            run = simulate(scenario, alone, schedule, self.times, seed=self.scenario.seed + seed, keep_telemetry=False)
-            figures = summary.summarize(run)
-            self._parts[key] = Part(figures, summary.worst_margin(figures))
-        return self._parts[key]
+        spec = _spec_of(deployment, self.scenario.deployment)
+        asked = msgspec.structs.replace(_lasting(scenario, schedule.duration_s), deployment=spec)
+        candidate = Candidate(name, asked, self.scenario.seed + seed, schedule, early_stop=early_stop, rows=rows)
+        return self.workers.simulate(candidate, self.times).summary
 
 
 def tightest_slo(summaries: Sequence[Summary]) -> str | None:
@@ -187,3 +281,30 @@ def _only(scenario: Scenario, model: str | None) -> Scenario:
 
 def _lasting(scenario: Scenario, duration_s: float) -> Scenario:
     return msgspec.structs.replace(scenario, duration=duration_s, warmup=min(scenario.warmup, duration_s / 2))
+
+
+def _spec_of(deployment: Deployment, own: DeploymentSpec) -> DeploymentSpec:
+    """The deployment as a file would have it: `build` makes the same of it, but for which of equal slices a replica
+    has. What a layout does not change is as in `own`."""
+    replicas, rows = list(deployment.replicas), []
+    while replicas:
+        first = replicas[0]
+        del replicas[: first.processes]  # they share a slice
+        rows.append(
+            ReplicaSpec(
+                model=first.model,
+                slice=first.slice.name,
+                processes=first.processes,
+                worker=first.worker,
+                threads=first.threads,
+                kv_cache_tokens=first.kv_tokens_max,
+            )
+        )
+    layout = deployment.layouts[0]
+    return msgspec.structs.replace(
+        own,
+        count=len(deployment.layouts),
+        mig=[] if deployment.gpu is None or layout == (mig.WHOLE,) else list(layout),
+        replicas=rows,
+        batching=dict(deployment.batching),
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ import msgspec
 from gpuplan.errors import InputError
 from gpuplan.policy.vocabulary import Decision
 from gpuplan.record import run as run_module
+from gpuplan.record.intervals import SeedFigures
 from gpuplan.record.recorder import ServerRows, shifted
 from gpuplan.record.run import Run, RunMeta
 
@@ -30,7 +31,8 @@ TABLES = {
     "telemetry": run_module.TELEMETRY_COLUMNS,
 }
 
-DERIVED = ("summary.json", "plan.json", "report.html")
+SEEDS = "seeds.json"
+DERIVED = (SEEDS, "summary.json", "plan.json", "report.html")
 
 SERVER_TABLES = {
     "served": run_module.SERVED_COLUMNS,
@@ -54,12 +56,16 @@ def prepare(folder: Path) -> Path:
 
 
 def write(run: Run, folder: Path) -> None:
-    """Writes every file of the run; what was derived from another run in the same folder is taken away."""
+    """Writes every file of the run, of one that kept no rows no tables. What was derived from another run in the same
+    folder is taken away."""
     for name in DERIVED:
         (folder / name).unlink(missing_ok=True)
     write_json(folder / "run.json", msgspec.to_builtins(run.meta))
     for name, columns in TABLES.items():
-        write_table(getattr(run, name), columns, folder / f"{name}.parquet")
+        if run.steps is None:
+            write_table(getattr(run, name), columns, folder / f"{name}.parquet")
+        else:  # it kept no rows; those of another run are not its own
+            (folder / f"{name}.parquet").unlink(missing_ok=True)
     _replace(
         folder / "decisions.jsonl", lambda path: path.write_bytes(b"".join(line + b"\n" for line in run.decisions))
     )
@@ -78,6 +84,13 @@ def read(folder: Path) -> Run:
                 allowed=f"up to {run_module.SCHEMA_VERSION}",
             )
         meta = msgspec.convert(raw, RunMeta)
+        if meta.source == "simulate" and not any((folder / f"{name}.parquet").exists() for name in TABLES):
+            raise InputError(
+                "a simulation that kept no rows",
+                key="RUN",
+                value=str(folder),
+                allowed="its report.html and summary.json",
+            )
         tables = {name: read_table(folder / f"{name}.parquet", columns) for name, columns in TABLES.items()}
         log = folder / "decisions.jsonl"
         decisions = tuple(log.read_bytes().splitlines()) if log.exists() else ()
@@ -85,6 +98,22 @@ def read(folder: Path) -> Run:
         reason = (error.strerror or "") if isinstance(error, OSError) else str(error)
         raise InputError(f"not a run folder: {reason}", key="RUN", value=str(folder)) from None
     return Run(meta, tables["requests"], tables["batches"], tables["telemetry"], decisions)
+
+
+def write_seeds(seeds: Sequence[SeedFigures], folder: Path) -> None:
+    """Writes the main figures of each seed beside the run of the first one; none where there is one seed."""
+    if seeds:
+        write_json(folder / SEEDS, msgspec.to_builtins(list(seeds)))
+
+
+def read_seeds(folder: Path) -> list[SeedFigures]:
+    """The main figures of each seed; none where the run has only its own. Raises InputError for what is neither."""
+    try:
+        return msgspec.json.decode((folder / SEEDS).read_bytes(), type=list[SeedFigures])
+    except FileNotFoundError:
+        return []
+    except (OSError, msgspec.DecodeError) as error:
+        raise InputError(f"cannot read: {error}", file=str(folder / SEEDS)) from None
 
 
 def write_server_rows(rows: ServerRows, about: dict[str, Any], folder: Path) -> None:

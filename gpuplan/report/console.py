@@ -17,6 +17,7 @@ from gpuplan.record.summary import Summary
 from gpuplan.report import words
 
 CLASSES_SHOWN = 20
+SEED_ROWS_SHOWN = 24
 LINES_SHOWN = 6
 """Of each part of the plan: a hundred models would push the answer off the screen."""
 
@@ -31,6 +32,8 @@ def print_summary(run: Run, summary: Summary, plan: dict[str, Any] | None, conso
         console.print(Text(f"and {hidden} more classes: see the report", style="dim"))
     console.print(_origin(run))
     console.print()
+    if summary.get("seeds"):
+        _print_seeds(run, summary, console)
     if not plan:
         console.print(Text("no plan was made"))
         return
@@ -39,6 +42,22 @@ def print_summary(run: Run, summary: Summary, plan: dict[str, Any] | None, conso
     for label, fact in _facts(plan):
         facts.add_row(Text(label, style="dim"), _text(fact))
     console.print(facts)
+
+
+def _print_seeds(run: Run, summary: Summary, console: Console) -> None:
+    told, rows = summary["seeds"], words.seed_rows(summary)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column(f"over {told['count']} seeds", overflow="fold")
+    table.add_column("mean", justify="right")
+    table.add_column(f"{words.share(told['confidence'])} confidence interval", justify="right")
+    for row in rows[:SEED_ROWS_SHOWN]:
+        table.add_row(_text(row.figure), row.mean, row.interval)
+    console.print(table)
+    hidden = len(rows) - SEED_ROWS_SHOWN
+    more = f"; {hidden} more figures in the report" if hidden > 0 else ""
+    met = f"all SLOs met on {told['met_slos']} of {told['count']} seeds"
+    console.print(Text(f"{met}; the table above them is of seed {run.meta.seed}{more}", style="dim"))
+    console.print()
 
 
 def _alarms(run: Run, summary: Summary) -> Iterator[str]:

@@ -64,6 +64,7 @@ def render(run: Run, summary: Summary, plan: dict[str, Any] | None) -> str:
         alternatives=_alternatives(plan),
         alternatives_shown=ALTERNATIVES_SHOWN,
         backtest=_backtest(plan),
+        seed_rows=words.seed_rows(summary),
         unfinished=summary["unfinished"],
         error_kinds=_error_kinds(summary),
         messages=_messages(run),
@@ -143,7 +144,9 @@ def _error_kinds(summary: Summary) -> list[str]:
 
 
 def _messages(run: Run) -> list[dict[str, Any]]:
-    """What servers said, the most frequent first."""
+    """What servers said, the most frequent first; a simulation without rows has no column for it."""
+    if "message" not in run.requests:
+        return []
     rows = run.requests[run.requests["message"].notna() & (run.requests["message"] != "")]
     counts = rows.groupby(["status", "error", "message"], dropna=False).size().sort_values(ascending=False)
     return [

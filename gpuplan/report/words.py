@@ -24,6 +24,13 @@ METRICS = {
     "send_lag_ms": "send lag",
 }
 
+RATES = {
+    "goodput": "goodput",
+    "slo_attainment": "within SLOs",
+    "request_throughput": "request throughput",
+    "output_throughput": "output throughput",
+}
+
 PROVENANCE = {
     "hardware": ("measured on a GPU", "a real model ran on a real GPU"),
     "cpu": ("measured on the CPU", "a real model ran on this host's CPU, not on a GPU"),
@@ -114,10 +121,41 @@ def no_gpu(meta: RunMeta) -> bool:
 
 def figure_name(path: str) -> str:
     """`classes.chat.v2.ttft_ms.p95` as `chat.v2: TTFT p95` (a class's name may hold dots)."""
-    if path.startswith("classes."):
-        name, metric, statistic = path.removeprefix("classes.").rsplit(".", 2)
-        return f"{name}: {METRICS.get(metric, metric)} {statistic}"
-    return path.removeprefix("overall.").replace("_", " ")
+    whole = path.startswith("overall.")
+    rest = path.removeprefix("overall." if whole else "classes.")
+    *name, metric, statistic = ["", "", *rest.rsplit(".", 2)][-3:]
+    if metric in METRICS:
+        figure = f"{METRICS[metric]} {statistic}"
+    else:
+        name, figure = [rest.rpartition(".")[0]], RATES.get(statistic, statistic.replace("_", " "))
+    return f"{'.'.join(name)}: {figure}" if not whole and any(name) else figure
+
+
+@dataclass(frozen=True, slots=True)
+class SeedRow:
+    """One figure over several seeds, in words. `interval` is a dash where there is none."""
+
+    figure: str
+    mean: str
+    interval: str
+
+
+def seed_rows(summary: Mapping[str, Any]) -> list[SeedRow]:
+    """The figures over seeds that a reader asks for: the whole's rates, each class's attainment and what its SLOs are
+    on; all of them are in summary.json."""
+    figures = (summary.get("seeds") or {}).get("figures") or {}
+    wanted = [f"overall.{rate}" for rate in RATES]
+    for name, part in summary["classes"].items():
+        wanted.append(f"classes.{name}.slo_attainment")
+        wanted += [f"classes.{name}.{v['metric']}.{v['statistic']}" for v in part["slos"]]
+    return [_seed_row(path, figures[path]) for path in wanted if path in figures]
+
+
+def _seed_row(path: str, told: Mapping[str, Any]) -> SeedRow:
+    worded, unit = (share, "") if path.endswith("slo_attainment") else (number, " ms" if "_ms." in path else " /s")
+    low, high = told["low"], told["high"]
+    bounds = DASH if low is None or high is None else f"{worded(low)} to {worded(high)}{unit}"
+    return SeedRow(figure_name(path), f"{worded(told['mean'])}{unit}", bounds)
 
 
 # --- numbers ------------------------------------------------------------------------------------------------------

@@ -153,7 +153,8 @@ BuiltinName = Literal["sentiment", "embed", "tiny-chat"]
 
 class ModelSource(Section, frozen=True):
     """Exactly one of: `builtin` (a model the package makes itself), `onnx` (a file), `emulate` (a known shape's name),
-    `shape` (one's own, or the path of a Hugging Face `config.json`, which `files.load` replaces by what it says).
+    `shape` (one's own, or the path of a Hugging Face `config.json`, which `files.load` replaces by what it says),
+    `profiled` (a model of the scenario's table of measurements, of which nothing else is known).
 
     The other keys belong to `onnx`. `files.load` fills those left out from what stands beside the file: what a request
     gets back, the window in tokens (prompt and output together), and the transformer by its numbers.
@@ -163,6 +164,7 @@ class ModelSource(Section, frozen=True):
     onnx: str | None = None
     emulate: str | None = None
     shape: ShapeSpec | str | None = None
+    profiled: str | None = None
     task: Task | None = None
     context_tokens_max: Count | None = None
     onnx_shape: ShapeSpec | None = None
@@ -406,7 +408,8 @@ class FaultSpec(Section, frozen=True):
 
 
 class Scenario(Section, frozen=True):
-    """A scenario file. `duration` is how long requests are sent; those sent in `warmup` are left out of summaries."""
+    """A scenario file. `duration` is how long requests are sent; those sent in `warmup` are left out of summaries.
+    `profiles` is a table of step times that were measured elsewhere (`sim.profiles` reads it)."""
 
     name: Name
     models: dict[Name, ModelSource]
@@ -416,6 +419,7 @@ class Scenario(Section, frozen=True):
     duration: Duration = 60.0
     warmup: Duration = 0.0
     faults: list[FaultSpec] = []
+    profiles: str | None = None
 
     def traffic_of(self, model: str) -> list[TrafficClass]:
         """The classes that ask for `model`, in file order."""

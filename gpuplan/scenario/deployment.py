@@ -33,6 +33,8 @@ from gpuplan.scenario.faults import Fault
 
 CPU = "cpu"
 VERSION_MARK = "#"
+PROFILED_TOKENS_MAX = 1 << 20
+"""A model that is known by its measurements alone has no window: this bounds what a request may say."""
 
 SAID_ELSEWHERE = frozenset({"price_per_hour", "idle_power_w"})
 """What stands as assumed where it is used: beside the price, and with emulated power."""
@@ -130,6 +132,8 @@ def window_of(source: ModelSource) -> int:
     """The most tokens a sequence may have, prompt and output together."""
     if source.onnx is not None:
         return source.context_tokens_max or onnx_files.default_window(source.task or "classify")
+    if source.profiled is not None:
+        return PROFILED_TOKENS_MAX
     shape = shape_of(source)
     assert shape is not None, "whatever is no ONNX file has a shape"
     return shape.context_tokens_max

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +24,33 @@ from gpuplan.scenario import engine as engines
 from gpuplan.scenario.build import build
 from gpuplan.scenario.demand import Scenario
 from gpuplan.scenario.onnx_files import CONFIG_CHARS_MAX
+from gpuplan.scenario.settings import FLAG, apply, set_by
 
-SOURCES = ("builtin", "onnx", "emulate", "shape")
+SOURCES = ("builtin", "onnx", "emulate", "shape", "profiled")
 """What a model is, of which it is exactly one."""
 
 CardsHere = Callable[[], Mapping[str, tuple[Profile, ...]]]
 """The catalogue's names of this machine's cards, and the MIG profiles that each reports."""
 
 
-def load(path: Path, *, cards_here: CardsHere = dict) -> Scenario:
-    """The checked scenario in `path`. Of `cards_here` the first is what `deployment.gpu: auto` stands for, and what a
-    card itself says of its MIG profiles wins over the catalogue: it becomes `deployment.mig_profiles`.
+def load(path: Path, *, settings: Sequence[str] = (), cards_here: CardsHere = dict) -> Scenario:
+    """The checked scenario in `path`, with these KEY=VALUE put into it first. Of `cards_here` the first is what
+    `deployment.gpu: auto` stands for, and what a card itself says of its MIG profiles wins over the catalogue: it
+    becomes `deployment.mig_profiles`.
 
     Raises InputError with file, line, key, value and what is allowed.
     """
     data, lines = text.read(path)
+    keys = apply(data, settings)
     try:
         scenario = _with_shapes(_with_absolute_paths(build(data, Scenario), path.resolve().parent))
         scenario = msgspec.structs.replace(scenario, deployment=_on_this_machine(scenario.deployment, cards_here))
         check(scenario)
     except InputError as error:
-        error.file = str(path)
-        error.line = text.line_of(error.key, lines)
+        if set_by(error.key, keys, lines):
+            error.file = FLAG
+        else:
+            error.file, error.line = str(path), text.line_of(error.key, lines)
         raise
     return scenario
 
@@ -68,12 +73,16 @@ def check(scenario: Scenario) -> None:
         for field in ("task", "context_tokens_max", "onnx_shape"):
             if source.onnx is None and getattr(source, field) is not None:
                 raise InputError("belongs to an ONNX file", key=f"models.{name}.{field}", allowed="only beside onnx")
+        if source.profiled is not None and scenario.profiles is None:
+            raise InputError("there is no table", key=f"models.{name}.profiled", allowed="beside profiles: table.csv")
         if source.onnx_shape is not None:
             _check_shape(source.onnx_shape, f"models.{name}.onnx_shape")
         if source.emulate is not None:
             shapes.shape(source.emulate, key=f"models.{name}.emulate")
         if isinstance(source.shape, demand.ShapeSpec):
             _check_shape(source.shape, f"models.{name}.shape")
+    if scenario.profiles is not None and not os.path.isfile(scenario.profiles):
+        raise InputError("no such file", key="profiles", value=scenario.profiles)
     seen: set[str] = set()
     for i, traffic in enumerate(scenario.traffic):
         _check_class(scenario, traffic, f"traffic[{i}]")
@@ -267,7 +276,8 @@ def _with_absolute_paths(scenario: Scenario, folder: Path) -> Scenario:
         else c
         for c in scenario.traffic
     ]
-    return msgspec.structs.replace(scenario, models=models, traffic=traffic)
+    profiles = absolute(scenario.profiles) if scenario.profiles is not None else None
+    return msgspec.structs.replace(scenario, models=models, traffic=traffic, profiles=profiles)
 
 
 def _on_this_machine(spec: demand.DeploymentSpec, cards_here: CardsHere) -> demand.DeploymentSpec:

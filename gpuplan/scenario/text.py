@@ -40,13 +40,24 @@ def read(path: Path) -> tuple[Any, dict[str, int]]:
     return walk.value(node, "", 0), walk.lines
 
 
+def value(written: str, *, key: str) -> Any:
+    """One value as it would stand in a file, under the same rules. Raises InputError naming the key."""
+    import yaml
+
+    try:
+        node = yaml.compose(written, Loader=yaml.SafeLoader) if len(written) <= FILE_BYTES_MAX else None
+    except (yaml.YAMLError, RecursionError):
+        raise InputError("not valid YAML", key=key, value=written) from None
+    return _Walk(None).value(node, key, 0) if node is not None else None
+
+
 class _Walk:
     """From YAML nodes to plain values, counting them and noting where each key stands."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         import yaml
 
-        self._file = str(path)
+        self._file = str(path) if path is not None else ""
         self._scalars = yaml.SafeLoader("")
         self._left = NODES_MAX
         self.lines: dict[str, int] = {}
@@ -86,7 +97,8 @@ class _Walk:
         raise self._error("not a plain value", node, key, "no tag; text, a number, true, false, a list or a mapping")
 
     def _error(self, problem: str, node: Any, key: str = "", allowed: str = "") -> InputError:
-        return InputError(problem, file=self._file, line=_line(node), key=key, allowed=allowed)
+        line = _line(node) if self._file else None
+        return InputError(problem, file=self._file, line=line, key=key, allowed=allowed)
 
 
 def _line(node: Any) -> int:

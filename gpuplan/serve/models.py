@@ -39,6 +39,10 @@ def engine_for(
     source = source or deployment.models[replica.model]
     card, part = deployment.gpu, replica.slice.profile
     shape = shape_of(source)
+    if source.profiled is not None:
+        raise InputError(
+            "only its times are known", key=f"models.{replica.model}.profiled", allowed="gpuplan simulate, gpuplan plan"
+        )
     if card is None or part is None:
         return _worker(replica, deployment, _spec(source, replica, deployment))
     if source.emulated and shape:

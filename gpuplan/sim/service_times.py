@@ -1,15 +1,16 @@
 """How long a step takes, for a simulation: a roofline, corrected by what was measured where something was.
 
-`ServiceTimes.timer(replica)` gives a function from a step's load to seconds. Three bases, named in every plan:
-`fitted` (measured on this very slice), `scaled` (measured on another slice of the same model and card, carried over
-by the roofline's ratio, or by the slices' speeds), `roofline` (nothing was measured). A model without a shape, or on a
-CPU, has no roofline: it has to be measured first.
+`ServiceTimes.timer(replica)` gives a function from a step's load to seconds. Four bases, named in every plan:
+`fitted` (measured on this very slice), `measured elsewhere` (by a table that the scenario names), `scaled` (measured on
+another slice of the same model and card, carried over by the roofline's ratio, or by the slices' speeds), `roofline`
+(nothing was measured). A model without a shape, or on a CPU, has no roofline: it has to be measured first.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from gpuplan.errors import RunError
@@ -19,7 +20,9 @@ from gpuplan.hardware.roofline import StepCosts, StepLoad, band
 from gpuplan.policy.cost import step_costs
 from gpuplan.scenario.deployment import CPU, Deployment, Replica
 
-Basis = Literal["fitted", "scaled", "roofline"]
+Basis = Literal["fitted", "measured elsewhere", "scaled", "roofline"]
+WHOLE_SLICES = 0
+"""In place of a number of GPU slices: an uncut card."""
 Timer = Callable[[StepLoad], float]
 
 
@@ -49,18 +52,41 @@ class Fit:
 
 
 @dataclass(frozen=True, slots=True)
+class Curve:
+    """Seconds of a step by batch size, rising, measured elsewhere."""
+
+    batch_sizes: tuple[int, ...]
+    step_s: tuple[float, ...]
+
+    def seconds(self, load: StepLoad) -> float:
+        """On straight lines through the points: level before the first, beyond the last as from the last two."""
+        sizes, times, size = self.batch_sizes, self.step_s, load.samples
+        if size <= sizes[0]:
+            return times[0]
+        if len(sizes) == 1:
+            return times[0] * size / sizes[0]
+        i = min(bisect.bisect_left(sizes, size), len(sizes) - 1)
+        slope = (times[i] - times[i - 1]) / (sizes[i] - sizes[i - 1])
+        return times[i - 1] + slope * (size - sizes[i - 1])
+
+
+@dataclass(frozen=True, slots=True)
 class ServiceTimes:
-    """`fits` by (model, slice name). `uplink_s` and `downlink_s` are what passes between client and core outside the
+    """`fits` by (model, slice name); `measured` by (model, number of GPU slices, processes on the slice), for models of
+    one step a request. `uplink_s` and `downlink_s` are what passes between client and core outside the
     steps (network, parsing, waking up): values at evenly spaced ranks, to draw from."""
 
     fits: Mapping[tuple[str, str], Fit]
     uplink_s: tuple[float, ...] = (0.0,)
     downlink_s: tuple[float, ...] = (0.0,)
+    measured: Mapping[tuple[str, int, int], Curve] = field(default_factory=dict)
 
     def basis(self, replica: Replica) -> Basis:
         """What the times of this replica rest on."""
         if (replica.model, replica.slice.name) in self.fits:
             return "fitted"
+        if self._curve(replica) is not None:
+            return "measured elsewhere"
         on_gpu = any(model == replica.model and name != CPU for model, name in self.fits)
         return "scaled" if on_gpu and replica.slice.profile else "roofline"
 
@@ -73,7 +99,10 @@ class ServiceTimes:
         found = {}
         for replica in deployment.replicas:
             card, part = deployment.gpu, replica.slice.profile
-            if card is not None and part is not None and self.basis(replica) != "fitted":
+            basis = self.basis(replica)
+            if basis == "measured elsewhere":
+                found[replica.model] = f"{replica.model}: step times of a table that was measured elsewhere"
+            elif card is not None and part is not None and basis != "fitted":
                 about = f"{replica.model} on {part.name}"
                 found[about] = f"{about}: emulated steps: {band(card, part).of_steps}"
         return list(found.values())
@@ -84,6 +113,9 @@ class ServiceTimes:
         Raises RunError for a replica that was not measured and has no roofline, or is an ONNX file: how near that
         runs to its shape's roofline nobody knows.
         """
+        curve = self._curve(replica)
+        if curve is not None and (replica.model, replica.slice.name) not in self.fits:
+            return curve.seconds
         costs = step_costs(deployment, replica)
         fit = self._fit(deployment, replica, costs)
         if fit is None and (costs is None or deployment.models[replica.model].onnx is not None):
@@ -96,8 +128,16 @@ class ServiceTimes:
 
     def ratios(self, deployment: Deployment, replica: Replica) -> tuple[float, ...]:
         """How the steps on this replica are spread around their mean; empty where nothing was measured."""
+        if self.basis(replica) == "measured elsewhere":
+            return ()
         fit = self._fit(deployment, replica, step_costs(deployment, replica))
         return fit.ratios if fit is not None else ()
+
+    def _curve(self, replica: Replica) -> Curve | None:
+        part = replica.slice.profile
+        if part is None or replica.role == "decoder":
+            return None
+        return self.measured.get((replica.model, part.slices, replica.processes))
 
     def _fit(self, deployment: Deployment, replica: Replica, costs: StepCosts | None) -> Fit | None:
         return self.fits.get((replica.model, replica.slice.name)) or self._neighbour(deployment, replica, costs)

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
+from gpuplan import __version__
 from gpuplan.policy.dispatch import Dispatcher
 from gpuplan.policy.vocabulary import Action, Event
 from gpuplan.record.recorder import Recorder
@@ -25,9 +26,10 @@ from gpuplan.scenario.demand import Scenario
 from gpuplan.scenario.deployment import Deployment
 from gpuplan.scenario.schedule import Columns, Schedule
 from gpuplan.sim.answers import answer
+from gpuplan.sim.early_stop import EarlyStop
 from gpuplan.sim.loop import Observer, Simulation
 from gpuplan.sim.service_times import ServiceTimes
-from gpuplan.sim.tally import Tally
+from gpuplan.sim.tally import NAN, Tally
 from gpuplan.telemetry.emulated import EmulatedCards
 
 TELEMETRY_HZ = 10.0
@@ -46,10 +48,18 @@ def simulate(
     keep_telemetry: bool = True,
     keep_rows: bool = True,
     dispatcher: Dispatcher | None = None,
+    early_stop: bool = False,
+    watching: Sequence[Observer] = (),
+    rate_scale: float = 1.0,
+    speed: float = 1.0,
 ) -> Run:
     """A run of the schedule against the deployment on virtual time. Every request is followed to its end. `dispatcher`
     places requests otherwise than the server would, for comparisons. Without rows the run is for `summarize` alone: it
-    has no decisions, no telemetry, and no inter-token latencies (TPOT it has)."""
+    has no decisions, no telemetry, and no inter-token latencies (TPOT it has).
+
+    With `early_stop` BeyondDoubt is raised as soon as an SLO can no longer be met. `watching` are further observers.
+    `rate_scale` and `speed` say how the schedule was made of the scenario.
+    """
     requests = Columns.of(schedule.requests)
     downlink = random.Random(f"{seed}/downlink")  # noqa: S311 - not for secrets
     downlinks_s = downlink.choices(service_times.downlink_s, k=len(requests))
@@ -60,6 +70,11 @@ def simulate(
         observers = [recorder, cards] if cards is not None else [recorder]
     else:
         tally = Tally(deployment, requests, since_s=scenario.warmup)
+    if early_stop:
+        first_token_s = tally.first_token_s if tally is not None else _first_token_s(recorder)
+        downlink_s = min(service_times.downlink_s)
+        observers.append(EarlyStop(scenario, requests, first_token_s, downlink_s=downlink_s))
+    observers += watching
     simulation = Simulation(
         deployment,
         service_times,
@@ -79,6 +94,8 @@ def simulate(
         scenario=files.to_builtins(scenario),
         deployment=supply.describe(deployment),
         seed=seed,
+        rate_scale=rate_scale,
+        speed=speed,
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         duration_s=schedule.duration_s,
         measured_s=ended_s,
@@ -92,6 +109,7 @@ def simulate(
             *service_times.notes(deployment),
             *simulation.faults.notes(ended_s),
         ],
+        gpuplan_version=__version__,
     )
     if tally is not None:
         return Run(meta, *tally.tables(downlinks_s, scenario.warmup), steps=tally.steps)
@@ -111,6 +129,17 @@ def _uncollected() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
+
+
+def _first_token_s(recorder: Recorder | None) -> Callable[[int], float]:
+    assert recorder is not None
+    served = recorder.served
+
+    def first_token_s(request_id: int) -> float:
+        first_s = served[request_id].first_token_s if request_id in served else None
+        return NAN if first_s is None else first_s
+
+    return first_token_s
 
 
 class _Cards:

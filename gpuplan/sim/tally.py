@@ -47,6 +47,10 @@ class Tally:
         self.steps = {model: StepCounts() for model in deployment.models}
         self._steps = {r.id: self.steps[r.model] for r in deployment.every_replica()}
 
+    def first_token_s(self, request_id: int) -> float:
+        """When the request had its first token (or its one answer); not a number until then."""
+        return self._first_token_s[request_id]
+
     def decided(self, event: Event, actions: list[Action], *, now_s: float) -> None:
         """An event was handled at `now_s` and these actions came of it."""
         kind = type(event)

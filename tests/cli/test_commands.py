@@ -95,6 +95,11 @@ BAD_ARGUMENTS = [
     (("bench", "{short}", "--telemetry", "dcgm"), 2, "--telemetry: not a source of telemetry (got 'dcgm')"),
     (("serve", "{short}", "--sample-hz", "0"), 2, "--sample-hz: not a sampling rate (got 0.0)"),
     (("bench", "nowhere.yaml"), 2, "nowhere.yaml: cannot read"),
+    (("bench", "{short}", "--set", "deployment.gpu=b17"), 2, "--set: deployment.gpu: unknown GPU (got 'b17')"),
+    (("simulate", "{short}", "--set", "traffic.mood.arrivals.rate=0"), 2, "--set: traffic[1].arrivals.rate: invalid"),
+    (("simulate", "{short}", "--days", "0"), 2, "--days: must be above zero"),
+    (("simulate", "{short}", "--days", "1", "--duration", "5s"), 2, "--days: says the same as --duration"),
+    (("plan", "/tmp", "--set", "seed=1"), 2, "--set: is for a scenario file"),
     (("plan", "/"), 2, "not a run folder"),
     (("report", "/nowhere"), 2, "not a run folder"),
     (("explain", "/nowhere", "1"), 2, "not a run folder"),
@@ -157,3 +162,37 @@ def test_fail_on_turns_a_figure_into_an_exit_code(short: Path, tmp_path: Path) -
     wrong = gpuplan("simulate", short, "--out", tmp_path / "c", "--fail-on", "classes.moot.e2el_ms.p95 > 1")
     assert wrong.returncode == 2
     assert "no such figure" in one_error_line(wrong)
+
+
+def test_simulated_seeds_get_intervals_everywhere_and_keep_them(short: Path, tmp_path: Path) -> None:
+    run, settings = tmp_path / "run", ["--set", "traffic.mood.arrivals.rate=30", "--set", "deployment.mig=[4g.40gb, 2g.20gb]",
+                                       "--set", "deployment.replicas.1.slice=2g.20gb"]  # fmt: skip
+    done = gpuplan("simulate", short, *settings, "--seeds", "3", "--out", run, "--json")
+    assert done.returncode == 0 and done.stderr == "", "no progress beside JSON"
+    told = json.loads(done.stdout)["summary"]["seeds"]
+    assert (told["count"], told["seeds"], told["met_slos"]) == (3, [2, 3, 4], 3)
+    goodput = told["figures"]["overall.goodput"]
+    assert goodput["low"] < goodput["mean"] < goodput["high"] and goodput["mean"] > 30
+    again = gpuplan("report", run)
+    assert "over 3 seeds" in again.stdout and "95 % confidence interval" in again.stdout
+    assert json.loads((run / "summary.json").read_bytes())["seeds"] == told
+    page = (run / "report.html").read_text()
+    assert "Over 3 seeds" in page and "nothing was served, every figure is a prediction" in page
+    held = gpuplan(
+        "simulate", short, "--seeds", "2", "--out", run, "--fail-on", "seeds.figures.overall.goodput.low < 1000"
+    )
+    assert held.returncode == 1 and "seeds.figures.overall.goodput.low is" in one_error_line(held)
+    alone = gpuplan("simulate", short, "--out", run, "--json")
+    assert "seeds" not in json.loads(alone.stdout)["summary"], "those of the last run are gone"
+
+
+def test_a_simulation_in_which_nothing_is_completed_failed(short: Path, tmp_path: Path) -> None:
+    crash = "faults=[{at: 0s, model: chat, crash: {}}, {at: 0s, model: mood, crash: {}}]"
+    done = gpuplan("simulate", short, "--out", tmp_path / "run", "--set", crash)
+    assert done.returncode == 1 and "no request was completed" in one_error_line(done)
+
+
+def test_days_of_a_slow_scenario(short: Path, tmp_path: Path) -> None:
+    slow = ["--set", "traffic.mood.arrivals.rate=0.01", "--set", "traffic.chatter.arrivals.rate=0.01"]
+    done = gpuplan("simulate", short, *slow, "--days", "0.25", "--out", tmp_path / "run", "--json")
+    assert json.loads(done.stdout)["summary"]["measured_s"] == 21_600

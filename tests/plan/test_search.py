@@ -151,3 +151,11 @@ def test_a_model_on_several_cards_has_no_layout_to_search() -> None:
     )  # fmt: skip
     with pytest.raises(RunError, match="a plan cuts single cards"):
         make_plan(simulated(asked))
+
+
+@pytest.mark.slow
+def test_a_plan_is_the_same_on_all_cores(run: Run, plan: dict[str, Any]) -> None:
+    parallel = make_plan(run, workers=2)
+    for searched in (parallel["searched"], plan["searched"]):
+        del searched["elapsed_s"], searched["simulations"]
+    assert parallel == plan

@@ -9,6 +9,7 @@ import pytest
 from gpuplan.plan import thresholds
 from gpuplan.plan.trials import Part
 from gpuplan.scenario import deployment
+from gpuplan.sim.many import Workers
 
 from .conftest import scenario
 
@@ -16,8 +17,8 @@ from .conftest import scenario
 class KnownTrials:
     """Holds its SLOs up to `breaks_at`; `queue(factor)` requests wait on average, twice as many at the p95."""
 
-    def __init__(self, breaks_at: float, queue: Any) -> None:
-        self.breaks_at, self.queue = breaks_at, queue
+    def __init__(self, breaks_at: float, queue: Any, workers: int = 1) -> None:
+        self.breaks_at, self.queue, self.workers = breaks_at, queue, Workers(workers)
         self.asked: list[float] = []
 
     def part(self, supply: Any, model: str, *, factor: float) -> Part:
@@ -31,9 +32,9 @@ class KnownTrials:
         return Part(figures, 0.5)
 
 
-def recommend(breaks_at: float, queue: Any, gpus: int = 1) -> dict[str, Any]:
+def recommend(breaks_at: float, queue: Any, gpus: int = 1, workers: int = 1) -> dict[str, Any]:
     supply = deployment.resolve(scenario())
-    return thresholds.recommend(KnownTrials(breaks_at, queue), supply, "chat", gpus)  # type: ignore[arg-type]
+    return thresholds.recommend(KnownTrials(breaks_at, queue, workers), supply, "chat", gpus)  # type: ignore[arg-type]
 
 
 def test_scale_up_lies_between_the_queue_that_holds_and_the_one_that_does_not() -> None:
@@ -55,6 +56,12 @@ def test_scale_down_is_safe_with_one_replica_fewer() -> None:
     # From 2 replicas to 1: at most half of what holds, and a margin on top.
     assert advice["scale_down_at"] <= advice["holds_up_to_factor"] / 2 * thresholds.DOWN_MARGIN
     assert 0 < advice["scale_down_at"] <= advice["scale_up_at"] / 2
+
+
+@pytest.mark.parametrize("breaks_at", [0.3, 0.8, 1.5, 2.0, 3.0, 5.0, 40.0, 64.0, 65.0, 1000.0])
+def test_to_look_two_loads_ahead_changes_nothing(breaks_at: float) -> None:
+    one, two = (recommend(breaks_at, lambda factor: factor, workers=n) for n in (1, 2))
+    assert one == two
 
 
 CASES = [

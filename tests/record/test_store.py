@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from gpuplan.errors import InputError
 from gpuplan.record import store
+from gpuplan.record.intervals import SeedFigures
 from gpuplan.record.run import REQUEST_COLUMNS, SCHEMA_VERSION, TELEMETRY_COLUMNS, Run
 from gpuplan.record.summary import summarize
 from gpuplan.scenario import deployment, files
@@ -121,3 +123,23 @@ def test_what_was_derived_from_another_run_does_not_stay(run: Run, tmp_path: Pat
     store.write_json(tmp_path / "plan.json", {"gpus_needed": 99})
     store.write(run, tmp_path)
     assert not (tmp_path / "plan.json").exists()
+
+
+def test_a_simulation_without_rows_leaves_no_tables_and_says_so(run: Run, tmp_path: Path) -> None:
+    store.write(run, tmp_path)
+    store.write(replace(run, steps={}), tmp_path)
+    assert not list(tmp_path.glob("*.parquet")), "those of the run before are not its own"
+    with pytest.raises(InputError, match="a simulation that kept no rows"):
+        store.read(tmp_path)
+
+
+def test_seeds_are_kept_until_another_run_comes(run: Run, tmp_path: Path) -> None:
+    seeds = [SeedFigures(3, True, {"overall.goodput": 1.5}), SeedFigures(4, False, {})]
+    assert store.read_seeds(tmp_path) == []
+    store.write_seeds(seeds, tmp_path)
+    assert store.read_seeds(tmp_path) == seeds
+    store.write(run, tmp_path)
+    assert store.read_seeds(tmp_path) == []
+    (tmp_path / store.SEEDS).write_text("{}")
+    with pytest.raises(InputError, match=r"seeds\.json: cannot read"):
+        store.read_seeds(tmp_path)

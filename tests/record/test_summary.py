@@ -302,3 +302,27 @@ def test_rates_and_requests_in_flight_over_time() -> None:
     run = run_of([answer(1, 0, first=1, last=2, tokens=2), answer(2, 1, first=1, last=4, tokens=2)], scenario(LENIENT))
     assert summary.in_flight(run.requests, np.array([0.5, 1.5, 3.0, 6.0])).tolist() == [1, 2, 1, 0]
     assert summary.rate_per_s(np.array([0.1, 0.2, 2.5]), np.array([0.0, 1.0, 3.0])).tolist() == [2.0, 0.5]
+
+
+def test_a_share_that_a_percentile_allows_to_be_lost_is_allowed_exactly() -> None:
+    """1 - 0.9 is a little less than 0.1 in binary."""
+    assert verdicts({"p90": 100}, [0.05] * 90, 10) == [True]
+    assert verdicts({"p90": 100}, [0.05] * 89, 11) == [False]
+
+
+def test_attainment_counts_all_that_were_asked_for_after_the_warm_up() -> None:
+    """Of five after the warm-up one is good: the refused, the timed out, the failed and the late one miss. Some tools
+    count the completed ones only, of which half are good."""
+    early = [answer(i, 0.5, status="rejected", error="queue_full", warmup=True) for i in range(90, 95)]
+    answers = [
+        answer(1, 2, first=0.1, last=0.2, tokens=2),
+        answer(2, 3, first=0.9, last=1.0, tokens=2),
+        answer(3, 4, status="rejected", error="queue_full", http_status=429),
+        answer(4, 5, status="error", error="timeout"),
+        answer(5, 6, status="error", error="http_500"),
+    ]
+    figures = summarize(run_of([*early, *answers], scenario({"ttft_ms": {"p95": 500}}, warmup=1.0)))
+    for part in (figures["overall"], figures["classes"]["talk"]):
+        assert part["requests"] == 5
+        assert part["slo_attainment"] == pytest.approx(1 / 5)
+        assert part["goodput"] == pytest.approx(1 / 9)

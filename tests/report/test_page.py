@@ -15,10 +15,16 @@ import msgspec
 import pytest
 import yaml
 
+from gpuplan.record.intervals import main_figures, over_seeds
 from gpuplan.record.run import Run
 from gpuplan.record.summary import summarize
 from gpuplan.report import page
-from gpuplan.scenario import files
+from gpuplan.scenario import deployment, files
+from gpuplan.scenario.schedule import build_schedule
+from gpuplan.sim.service_times import ServiceTimes
+from gpuplan.sim.simulator import simulate
+
+from .conftest import QUICKSTART
 
 PlanFor = Callable[..., dict[str, Any]]
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -205,3 +211,19 @@ def test_writing_replaces_the_page_at_once(quickstart: Run, tmp_path: Path) -> N
     page.write(quickstart, summarize(quickstart), None, path)
     assert path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_seeds_get_a_table_and_what_it_means(quickstart: Run) -> None:
+    figures = summarize(quickstart)
+    seeds = [main_figures(seed, figures) for seed in (3, 4)]
+    text = Outline(page.render(quickstart, {**figures, "seeds": over_seeds(seeds)}, None)).text
+    assert "Over 2 seeds" in text and "95 % confidence" in text and "All else on this page is of seed 0" in text
+    assert "summary: TTFT p95" in text and "say nothing of how far the simulation itself is off" in text
+    assert "confidence" not in Outline(page.render(quickstart, figures, None)).text
+
+
+def test_a_simulation_without_rows_has_a_page_all_the_same() -> None:
+    asked = files.load(QUICKSTART)
+    run = simulate(asked, deployment.resolve(asked), build_schedule(asked), ServiceTimes({}), keep_rows=False)
+    text = Outline(page.render(run, summarize(run), None)).text
+    assert "nothing was served, every figure is a prediction" in text
