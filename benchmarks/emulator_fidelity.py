@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from gpuplan.hardware import catalog, matmul, mig, roofline, shapes, slices
+from gpuplan.hardware import catalog, engines, matmul, mig, roofline, shapes, slices
 from gpuplan.hardware.matmul import STRUCTURE, Constants, Means, Structure
 from gpuplan.hardware.roofline import StepLoad
 
@@ -248,6 +248,11 @@ def served_tokens(file: Path) -> None:
         found = f"{_percent(errors[-1]):5.2f}, overhead {1e3 * offset:.2f} ms a step"
         print(f"  {engine:10} {len(rows):3} points                  {found}")
     print(f"  all                                   {_percent(pd.concat(errors)):5.2f}")
+    vllm = table[table["backend"] == "vllm"]
+    overhead_s = engines.step_overhead_s("vllm", shapes.shape("llama-3.1-70b"), catalog.gpu("h200-141gb"))
+    counted = (vllm["modelled_s"] + overhead_s) / vllm["measured_s"] - 1
+    found = f"{_percent(counted):5.2f}, median {100 * counted.abs().median():.2f}, {1e3 * overhead_s:.2f} ms a step"
+    print(f"  vllm, as deployment.engine has it     {found}")
 
 
 def _tpot_s(row: tuple) -> float:  # type: ignore[type-arg]

@@ -113,15 +113,17 @@ STEP_OVERHEAD_S = 0.4e-3
 # free (2048 tokens of a 70B model). Engines reserve them before they size their KV cache.
 RUNTIME_MEMORY_BYTES = 1_200_000_000
 ACTIVATIONS_KEPT_FREE_BYTES = 700_000_000
-# An all-reduce over NVLink: a start, and the share of the links' sheet bandwidth that large ones reach.
+# An all-reduce over NVLink: a start (vllm-project/vllm#24532 has 10 us for 0.5 MB on four cards), and the share that
+# large ones reach of the links' bandwidth, which sheets give for both directions together: 366 of 900 GB/s on four
+# H100s (waynehacking8, nccl-collectives-bench, 2026).
 ALL_REDUCE_START_S = 8e-6
-ALL_REDUCE_EFFICIENCY = 0.6
+ALL_REDUCE_EFFICIENCY = 0.41
 # Mean absolute errors by `benchmarks/emulator_fidelity.py`. Linear operators: with the model left out of the fit, and
 # with the whole architecture left out. Steps: TPOT of a served 70B model on H200, after one constant for each engine,
 # which is not known beforehand; what the other errors add is added in squares. Slices: 2g, 3g, 4g from 1g and 7g.
 LEFT_OUT_PERCENT = {"ampere": 3.4, "hopper": 4.5}
 UNMEASURED_PERCENT = 5.2
-SERVED_PERCENT = 7.0
+SERVED_PERCENT = 6.0
 SLICE_PERCENT = 3.8
 BLOCK_TOKENS = 256
 """Linear operators are costed for this many row counts at once: one call of numpy instead of hundreds."""
@@ -132,14 +134,24 @@ class StepCosts:
 
     `processes` busy ones share the slice (MPS), this model's among them: each has its share of the SMs and of the
     bandwidth while it computes, and all of the time in which another launches. Neighbours are taken to be busy.
+    `overhead_s` is what the engine adds to every step (`engines`). Where KV cache is kept `in_blocks`, sequences share
+    some, and whoever gives the blocks out sees to it that there are no more than fit.
     """
 
     def __init__(
-        self, model: ModelShape, card: Gpu, part: Profile, *, tensor_parallel: int = 1, processes: int = 1
+        self,
+        model: ModelShape,
+        card: Gpu,
+        part: Profile,
+        *,
+        tensor_parallel: int = 1,
+        processes: int = 1,
+        overhead_s: float = STEP_OVERHEAD_S,
+        in_blocks: bool = False,
     ) -> None:
         share = (1 - slices.neighbour_loss(card, part)) / processes
         sms, cells = share * part.sm_count / card.sm_count, share * part.width / part.cells
-        self._model, self._part = model, part
+        self._model, self._part, self._overhead_s, self._in_blocks = model, part, overhead_s, in_blocks
         self._ways, self._processes, self._link_bytes_per_s = tensor_parallel, processes, card.link_bytes_per_s
         self._architecture = CONSTANTS.get(card.architecture, UNMEASURED)
         self._flops_per_s = card.flops.at(model.bytes_per_element) * sms
@@ -156,7 +168,10 @@ class StepCosts:
             (hidden, ffn),
         )
         self._head = ((model.vocabulary // ways, hidden),)
-        self._queries, self._keys = queries, keys
+        self._queries, self._keys, self._layers = queries, keys, model.layers
+        efficiency = self._architecture.linear.memory_efficiency
+        self._pair_s = 4.0 * queries / (self._flops_per_s * ATTENTION_COMPUTE_EFFICIENCY)
+        self._context_token_s = 2 * keys * model.kv_bytes_per_element / (self._bytes_per_s * efficiency)
         self._weights_bytes, self._kv_bytes = model.weights_bytes, model.kv_bytes_per_token
         # Kept, as a simulation asks for the same few counts millions of times.
         self._by_tokens_s: dict[int, float] = {}
@@ -184,8 +199,10 @@ class StepCosts:
     def memory_bytes(self, load: StepLoad) -> int:
         """Bytes held on each card during a step: weights, runtime, the KV cache it works on, and activations beyond
         those that the runtime keeps room for."""
-        resident = RUNTIME_MEMORY_BYTES + (self._weights_bytes + load.kv_tokens * self._kv_bytes) // self._ways
-        activations = load.tokens * self._elementwise_bytes_per_token
+        tokens = load.prefill_tokens + load.decodes
+        kv_bytes = (load.context_tokens + tokens) * self._kv_bytes
+        resident = RUNTIME_MEMORY_BYTES + (self._weights_bytes + kv_bytes) // self._ways
+        activations = tokens * self._elementwise_bytes_per_token
         return resident + max(activations - ACTIVATIONS_KEPT_FREE_BYTES, 0)
 
     def fits(self, load: StepLoad) -> bool:
@@ -194,21 +211,21 @@ class StepCosts:
         Of a decoder only activations can be too many, and of more than 2048 tokens a step at that: its KV cache was
         reserved when the request was admitted.
         """
-        return self.memory_bytes(load) <= self._part.memory_bytes // self._processes
+        return self._in_blocks or self.memory_bytes(load) <= self._part.memory_bytes // self._processes
 
     def step_s(self, load: StepLoad) -> float:
         """Seconds of one step. Never less for more work."""
-        tokens = load.tokens
+        tokens = load.prefill_tokens + load.decodes
         if tokens == 0:
-            return STEP_OVERHEAD_S
+            return self._overhead_s
         by_tokens_s = self._by_tokens_s.get(tokens)
         if by_tokens_s is None:
             by_tokens_s = (
                 self.linear_layer_s(tokens) + self.elementwise_layer_s(tokens) + 2 * self._all_reduce_s(tokens)
             )
             self._by_tokens_s[tokens] = by_tokens_s
-        layers_s = self._model.layers * (by_tokens_s + self.attention_layer_s(load))
-        return layers_s + self._head_s(load.samples) + STEP_OVERHEAD_S
+        layers_s = self._layers * (by_tokens_s + self.attention_layer_s(load))
+        return layers_s + self._head_s(load.samples) + self._overhead_s
 
     def linear_layer_s(self, tokens: int) -> float:
         """Seconds of one layer's four linear operators: QKV, attention output, and the FFN's up and down."""
@@ -216,9 +233,7 @@ class StepCosts:
 
     def attention_layer_s(self, load: StepLoad) -> float:
         """Seconds of one layer's attention: multiplications for the prompts, the KV cache's bytes for the decodes."""
-        compute_s = 4.0 * load.attended_pairs * self._queries / (self._flops_per_s * ATTENTION_COMPUTE_EFFICIENCY)
-        kv_bytes = 2 * self._keys * self._model.kv_bytes_per_element * load.context_tokens
-        return compute_s + kv_bytes / (self._bytes_per_s * self._architecture.linear.memory_efficiency)
+        return self._pair_s * load.attended_pairs + self._context_token_s * load.context_tokens
 
     def elementwise_layer_s(self, tokens: int) -> float:
         """Seconds of what is neither in one layer: norms, additions, rotations, the activation."""

@@ -67,11 +67,21 @@ def prompt_text(tokens: int, seed: str, vocabulary: Any = None) -> str:
     return text[: own[kept - 1]] if kept < len(own) else text
 
 
+def prompt_of(request: ScheduledRequest, seed: int, vocabulary: Any = None) -> str:
+    """The request's prompt: what it begins with as others do, and then its own words. (A tokenizer may join letters
+    where two parts meet: then it counts a token less or more.)"""
+    own = request.prompt_tokens - sum(tokens for _, tokens in request.spans)
+    parts = [prompt_text(tokens, f"{seed}/{name}", vocabulary) for name, tokens in request.spans]
+    if own or not parts:
+        parts.append(prompt_text(own, f"{seed}/{request.index}", vocabulary))
+    return " ".join(parts)
+
+
 def request_bytes(
     api: Api, target: Target, request: ScheduledRequest, seed: int, headers: dict[str, str], vocabulary: Any = None
 ) -> bytes:
     """All of one request, ready to send; `vocabulary` counts the prompt's tokens, without it they are words."""
-    text = prompt_text(request.prompt_tokens, f"{seed}/{request.index}", vocabulary)
+    text = prompt_of(request, seed, vocabulary)
     body = msgspec.json.encode(api.body(request.model, text, request.output_tokens))
     own = {"X-Request-Id": str(request.index), "X-Traffic-Class": request.traffic_class}
     return target.request("POST", api.path, body, {**own, **headers})

@@ -63,6 +63,10 @@ def _planned(run: Run, workers: Workers, on_progress: Callable[[str], None]) -> 
     times = calibrate.fit(run)
     trials = Trials(scenario, times, rate_scale=run.meta.rate_scale, speed=run.meta.speed, workers=workers)
     own = supply.resolve(scenario)
+    if own.engine.tensor_parallel > 1:
+        raise RunError(
+            "a plan cuts single cards, and deployment.engine.tensor_parallel_size takes several for a replica"
+        )
     if own.gpu is None:
         found = _Found(trials.trial(scenario.deployment), bound=None)
     else:

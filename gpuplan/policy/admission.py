@@ -83,7 +83,7 @@ class Gate:
 
     def _ask(self, event: Knock | Arrive, traffic: ClassState, now_s: float) -> Reject | None:
         """What the head alone decides; a request that may go is counted."""
-        most = traffic.spec.max_queue_size
+        most = traffic.max_queue_size
         if most is not None and traffic.waiting >= most:
             return refusal(event.request_id, "class_full", traffic.drain.wait_s(traffic.waiting))
         limiters, wait_s = self._limits(traffic, event.key), 0.0

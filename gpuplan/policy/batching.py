@@ -31,7 +31,7 @@ def single_step(model: ModelState, replica: ReplicaState, step_id: int, batch: l
     """One step for all of `batch`; every prompt is padded to the longest."""
     longest = max(s.prompt_tokens for s in batch)
     return RunStep(
-        replica.spec.id,
+        replica.replica_id,
         step_id,
         tuple(Prefill(s.request_id, s.prompt_tokens, True) for s in batch),
         (),
@@ -50,7 +50,7 @@ def iteration(
         decoding = [s for s in group if s.emitted]
         prefilling = [s for s in group if not s.emitted]
         context_tokens = sum(s.prompt_tokens + s.emitted for s in decoding)
-    budget = max(model.batching.max_batch_tokens - len(decoding), 1)
+    budget = max(model.max_batch_tokens - len(decoding), 1)
     prefills: list[Prefill] = []
     tokens = pairs = first_tokens = 0
     for s in prefilling:
@@ -67,10 +67,10 @@ def iteration(
     if steps_max > 1 and not prefilling and group is None:
         steps = min(steps_max, min([s.output_tokens - s.emitted for s in decoding]))
     return RunStep(
-        replica.spec.id,
+        replica.replica_id,
         step_id,
         tuple(prefills),
-        tuple([s.request_id for s in decoding]),
+        replica.decoding_ids() if group is None else tuple([s.request_id for s in decoding]),
         StepLoad(tokens, pairs, len(decoding), context_tokens, len(decoding) + first_tokens),
         model.waiting,
         steps,

@@ -46,12 +46,11 @@ class ConcurrencyLimit:
         "_best",
         "_calm_steps",
         "_calm_windows",
-        "_light_times",
+        "_full",
+        "_light",
         "_most",
-        "_sizes",
         "_speed_limit",
         "_target_s",
-        "_times",
         "_too_slow",
         "limit",
         "memory_limit",
@@ -61,9 +60,7 @@ class ConcurrencyLimit:
         self.limit = self.memory_limit = self._speed_limit = self._most = most
         self._calm_steps = 0
         self._target_s = target_step_s
-        self._sizes: list[int] = []
-        self._times: list[float] = []
-        self._light_times: list[float] = []
+        self._full, self._light = _Window(), _Window()
         self._too_slow = most + 1
         self._calm_windows = 0
         self._best = self._before = math.inf
@@ -75,8 +72,8 @@ class ConcurrencyLimit:
         self._update()
 
     def steps_done(self, carried: int, seconds: float, expected_s: float | None, steps: int) -> None:
-        """As many steps of `carried` requests have run in a row, each in `seconds`; by its model each would have taken
-        `expected_s`. What so many more of the same would say, WINDOW of them have said."""
+        """Some steps of `carried` requests have run in a row, each in `seconds`; by its model each would have taken
+        `expected_s`. What more than WINDOW of the same would say, so many have said."""
         for _ in range(min(steps, WINDOW)):
             self.step_done(carried, seconds, expected_s)
 
@@ -97,15 +94,14 @@ class ConcurrencyLimit:
         if carried > self.limit:
             return
         if 2 * carried < self.limit:
-            self._light_times.append(time)
-            if len(self._light_times) == WINDOW:
-                self._best = min(self._best, _mean(self._light_times))
-                self._light_times.clear()
+            self._light.add(carried, time)
+            if self._light.steps == WINDOW:
+                self._best = min(self._best, self._light.mean)
+                self._light.clear()
             return
-        self._sizes.append(carried)
-        self._times.append(time)
-        if len(self._times) == WINDOW:
-            self._judge(_mean(self._times))
+        self._full.add(carried, time)
+        if self._full.steps == WINDOW:
+            self._judge(self._full.mean)
             self._update()
 
     def _judge(self, mean: float) -> None:
@@ -113,14 +109,14 @@ class ConcurrencyLimit:
         if mean <= allowed:
             self._best = min(self._best, mean)
             self._before = math.inf
-            if sum(self._sizes) >= FULL * WINDOW * self._speed_limit:
+            if self._full.carried >= FULL * WINDOW * self._speed_limit:
                 self._raise()
         elif self._target_s is None and mean >= self._before:  # fewer at once were no faster
             self._best = mean
             self._too_slow = self._most + 1
         else:
             self._before = mean
-            self._too_slow = max(self._sizes)
+            self._too_slow = self._full.largest
             self._calm_windows = 0
             share = max(allowed / mean, 1.0 - BACK_OFF_MOST)
             self._speed_limit = max(int(self._too_slow * share), 1)
@@ -134,10 +130,31 @@ class ConcurrencyLimit:
     def _update(self) -> None:
         """What was measured under the old limits is done with."""
         self.limit = min(self.memory_limit, self._speed_limit)
-        self._sizes.clear()
-        self._times.clear()
+        self._full.clear()
 
 
-def _mean(times: list[float]) -> float:
-    """Without the longest."""
-    return (sum(times) - max(times)) / (len(times) - 1)
+class _Window:
+    """Steps that are judged together: how many, what they carried together and at most, and their times."""
+
+    __slots__ = ("_longest", "_times", "carried", "largest", "steps")
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.steps = self.carried = self.largest = 0
+        self._times = self._longest = 0.0
+
+    def add(self, carried: int, time: float) -> None:
+        self.steps += 1
+        self.carried += carried
+        self._times += time
+        if carried > self.largest:
+            self.largest = carried
+        if time > self._longest:
+            self._longest = time
+
+    @property
+    def mean(self) -> float:
+        """Time of a step, without the longest."""
+        return (self._times - self._longest) / (self.steps - 1)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from gpuplan.policy import admission, batching, dispatch, failures, health
+from gpuplan.policy import admission, batching, dispatch, failures, health, paging
 from gpuplan.policy.admission import Gate, refusal
 from gpuplan.policy.breaker import Breaker
 from gpuplan.policy.concurrency import ConcurrencyLimit
@@ -93,7 +93,7 @@ class ServingCore:
         self._retries = RetryBudget()
         self._scaling = Scaling(deployment, self._models)
         self._sequences: dict[int, Sequence] = {}
-        self._deadlines: list[tuple[float, int]] = []  # a heap; of those that have ended meanwhile, too
+        self._deadlines: list[tuple[float, int]] = []  # a heap; of as many, at most, that have ended meanwhile
         self._steps = 0
         self._draining = False
         self._now_s = float("-inf")
@@ -179,8 +179,8 @@ class ServingCore:
 
     def kv_usage(self, model: str) -> float | None:
         """The share of its ready replicas' KV cache that is reserved; None for a model that has no limit."""
-        replicas = [r for r in self._models[model].replicas if r.spec.kv_tokens_max is not None]
-        tokens_max = sum(r.spec.kv_tokens_max or 0 for r in replicas if r.up)
+        replicas = [r for r in self._models[model].replicas if r.kv_tokens_max is not None]
+        tokens_max = sum(r.kv_tokens_max or 0 for r in replicas if r.up)
         if not tokens_max:
             return 0.0 if replicas else None
         return sum(r.kv_reserved for r in replicas if r.up) / tokens_max
@@ -190,12 +190,12 @@ class ServingCore:
         for model in self._models.values():
             yield model.name, model.breaker.state
             for replica in model.replicas:
-                yield replica.spec.id, replica.breaker.state
+                yield replica.replica_id, replica.breaker.state
 
     def full(self, model: str) -> bool:
         """Nobody more would be let in: good to know before a prompt is counted. (An arrival is judged again.)"""
         state = self._models[model]
-        return state.waiting >= state.batching.max_queue_size and not any(True for _ in _free(state))
+        return state.waiting >= state.max_queue_size and not any(True for _ in _free(state))
 
     def ready(self) -> bool:
         """Every model that has replicas has one that is up, or one that will be started for whoever asks for it, and
@@ -209,7 +209,7 @@ class ServingCore:
     def kv_free(self, replica_id: str) -> int | None:
         """Tokens of KV cache that are not reserved where this replica is; None where there is no limit."""
         replica = self._replicas[replica_id]
-        return None if replica.spec.kv_tokens_max is None else replica.kv_free()
+        return None if replica.kv_tokens_max is None else replica.kv_free()
 
     # --- requests -------------------------------------------------------------------------------------------------
 
@@ -230,7 +230,9 @@ class ServingCore:
         if isinstance(traffic, Reject):
             actions.append(traffic)
             return None
-        patience_s = min((s for s in (event.timeout_s, traffic.spec.deadline) if s is not None), default=None)
+        patience_s, timeout_s = traffic.deadline, event.timeout_s
+        if timeout_s is not None and (patience_s is None or timeout_s < patience_s):
+            patience_s = timeout_s
         s = Sequence(
             event.request_id,
             model,
@@ -239,6 +241,7 @@ class ServingCore:
             event.output_tokens,
             self._now_s,
             deadline_s=None if patience_s is None else self._now_s + patience_s,
+            spans=event.spans,
         )
         self._scaling.asked_for(s, self._now_s, actions)
         home = self._home(model, s)
@@ -268,7 +271,7 @@ class ServingCore:
             return refused
         if not model.breaker.allows():
             return health.circuit_open(model, s, self._now_s)
-        if model.waiting >= model.batching.max_queue_size:
+        if model.waiting >= model.max_queue_size:
             # Never while a replica has nothing to do and could start it at once.
             free = next((r for r in _free(model) if r.has_room_for(s)), None)
             return free or refusal(s.request_id, "queue_full", model.drain.wait_s(model.waiting))
@@ -285,7 +288,7 @@ class ServingCore:
         ahead = replica.line.ahead_of(s.priority).requests
         s.work_s = replica.pace.work_s(s.prompt_tokens, s.expected_tokens, max(replica.limit.limit / 2, 1.0))
         replica.wait(s)
-        actions.append(Assign(s.request_id, replica.spec.id, ahead, expected_s, taken_from))
+        actions.append(Assign(s.request_id, replica.replica_id, ahead, expected_s, taken_from))
 
     def _move(self, replica: ReplicaState, waiting: Iterable[Sequence], actions: list[Action]) -> None:
         """Those who wait for this replica wait for another that welcomes them, or stay if this one comes back."""
@@ -302,7 +305,7 @@ class ServingCore:
         if home is None:
             self._fail([s], "no_replica", actions)
             return
-        taken_from = came_from.spec.id if came_from is not home else ""
+        taken_from = came_from.replica_id if came_from is not home else ""
         self._assign(home, s, dispatch.expected(home, s, now_s=self._now_s).finish_s, actions, taken_from)
 
     def _cancel(self, event: Cancel, actions: list[Action]) -> ModelState | None:
@@ -333,15 +336,15 @@ class ServingCore:
         replica, step = ended_step
         model = self._model_of[event.replica_id]
         replica.answered, replica.answered_s = step.load.samples, self._now_s
-        ran = replica.decoding
+        ran, steps = replica.decoding, event.steps
         if len(step.decodes) < len(ran):  # one group of several that take turns
             ran = [s for s in ran if s.request_id in step.decodes]
         for s in ran:
-            s.emitted += event.steps
-        replica.context_tokens += len(ran) * event.steps
+            s.emitted += steps
+        replica.context_tokens += len(ran) * steps
         if step.prefills:
             self._prefilled(replica, step)
-        health.step_done(model, replica, step, event.steps, self._now_s, actions)
+        health.step_done(model, replica, step, steps, self._now_s, actions)
         self._drop_cancelled(replica)
         for request_id, reason in event.failed:
             unanswered = self._sequences.get(request_id)
@@ -365,8 +368,7 @@ class ServingCore:
             replica.prompts_left -= prefill.tokens
             if prefill.last:
                 s.emitted = 1
-                replica.prefilling.remove(s)
-                replica.decoding.append(s)
+                replica.decode(s)
                 replica.context_tokens += s.prompt_tokens + 1
 
     def _step_failed(self, event: StepFailed, actions: list[Action]) -> ModelState | None:
@@ -428,6 +430,8 @@ class ServingCore:
                 self._place_again(s, replica, actions)
             else:
                 self._fail([s], "replica_lost", actions)
+        if replica.blocks is not None:
+            replica.blocks.forget()
         self._move(replica, waited, actions)
         return model
 
@@ -466,7 +470,7 @@ class ServingCore:
             if replica.retiring and not replica.unloaded and replica.step is None and not replica.running:
                 replica.unloaded = True
                 model.retiring -= 1
-                actions.append(self._scaling.stopped(replica) or Unload(replica.spec.id))
+                actions.append(self._scaling.stopped(replica) or Unload(replica.replica_id))
 
     def _add(self, spec: Replica, order: int, place: list[ReplicaState], phase: Phase) -> ReplicaState:
         model, rule = self._models[spec.model], self._deployment.batching[spec.model]
@@ -479,6 +483,8 @@ class ServingCore:
             limit=ConcurrencyLimit(rule.max_batch_size, target_step_s=rule.step_time_target),
             breaker=Breaker(spec.id, self._deployment.breakers),
             phase=phase,
+            blocks=paging.blocks_of(self._deployment, spec),
+            schedules_ahead=model.decoder and self._deployment.engine.schedules_ahead,
         )
         self._replicas[spec.id], self._model_of[spec.id] = state, model
         model.replicas.append(state)
@@ -526,16 +532,19 @@ class ServingCore:
                 head = replica.line.head()
                 if replica.cancelled or (head is not None and replica.has_room_for(head)):
                     replica.cut = True
-                    actions.append(Cut(replica.spec.id, replica.step.step_id))
+                    actions.append(Cut(replica.replica_id, replica.step.step_id))
 
     def _start_iteration(self, model: ModelState, replica: ReplicaState, actions: list[Action]) -> None:
+        if replica.blocks is not None:
+            paging.make_room(replica)
         while (head := replica.line.head()) is not None and replica.has_room_for(head):
             replica.take(head)
         if model.waiting and head is None:
             self._steal(model, replica, actions)
         if replica.running:
             group = failures.next_turn(replica, self._sequences)
-            step = batching.iteration(model, replica, self._steps + 1, group, self._steps_max)
+            in_a_row = self._steps_max if replica.blocks is None and not replica.schedules_ahead else 1
+            step = batching.iteration(model, replica, self._steps + 1, group, in_a_row)
             self._start(replica, step, actions)
 
     def _start_batch(self, model: ModelState, replica: ReplicaState, actions: list[Action]) -> None:
@@ -564,7 +573,9 @@ class ServingCore:
             home = s.home
             assert home is not None, "what waits has a home"
             home.wait_no_longer(s)
-            self._assign(replica, s, dispatch.expected(replica, s, now_s=self._now_s).finish_s, actions, home.spec.id)
+            self._assign(
+                replica, s, dispatch.expected(replica, s, now_s=self._now_s).finish_s, actions, home.replica_id
+            )
             replica.take(s)
 
     def _start(self, replica: ReplicaState, step: RunStep, actions: list[Action]) -> None:
@@ -592,6 +603,9 @@ class ServingCore:
     def _forget(self, s: Sequence) -> None:
         """The sequence is over: its place is free, and what it did not use of its class's tokens is given back."""
         del self._sequences[s.request_id]
+        if len(self._deadlines) > 2 * len(self._sequences) + 16:
+            self._deadlines = [due for due in self._deadlines if self._awaits_deadline(*due)]
+            heapq.heapify(self._deadlines)
         if s.replica is not None:
             s.replica.let_go(s)
         elif s.home is not None:
@@ -611,7 +625,7 @@ class ServingCore:
             leaving = sum(r.retiring and not r.unloaded for r in model.replicas)
             assert leaving == model.retiring, "who is to go is counted"
             assert len(line) == model.waiting == sum(len(r.line) for r in model.replicas), "who waits is counted"
-            assert model.waiting <= model.batching.max_queue_size + idle, "queues are bounded"
+            assert model.waiting <= model.max_queue_size + idle, "queues are bounded"
             assert all(s.replica is None and s.emitted == 0 for s in line), "what waits has not started"
             seen += line
             for replica in model.replicas:
@@ -622,8 +636,14 @@ class ServingCore:
                 )
                 assert replica.available or not len(replica.line), "nobody waits for a replica that does not come"
                 assert replica.running <= model.batching.max_batch_size, "batches are bounded"
-                assert replica.kv_reserved == sum(s.kv_tokens for s in mine), "KV cache is accounted for"
-                limit = replica.spec.kv_tokens_max
+                if replica.blocks is None:
+                    assert replica.kv_reserved == sum(s.kv_tokens for s in mine), "KV cache is accounted for"
+                else:
+                    replica.blocks.check()
+                    assert replica.running or not replica.gave_way, "with all blocks free somebody goes on"
+                    held = replica.blocks.held * replica.blocks.block_size
+                    assert replica.kv_reserved == held, "blocks are accounted for"
+                limit = replica.kv_tokens_max
                 assert limit is None or replica.kv_reserved <= limit, "KV cache fits"
                 context = sum(s.prompt_tokens + s.emitted for s in replica.decoding)
                 assert replica.context_tokens == context, "contexts are accounted for"

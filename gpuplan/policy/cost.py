@@ -13,6 +13,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from gpuplan.hardware.catalog import Gpu
+from gpuplan.hardware.engines import EngineName, step_overhead_s
 from gpuplan.hardware.profiles import Profile
 from gpuplan.hardware.roofline import StepCosts, StepLoad
 from gpuplan.hardware.shapes import ModelShape
@@ -92,8 +93,10 @@ class Pace:
         expected_s = self.undrifted_s(load) + self._line.context_token * load.decodes * (steps - 1) / 2
         if self.known:
             seconds = min(seconds, OUTLIER * self.drift * expected_s)
-        kept = DECAY**steps
-        counts = (1.0 - kept) / (1.0 - DECAY)
+        kept, counts = DECAY, 1.0
+        if steps > 1:
+            kept = DECAY**steps
+            counts = (1.0 - kept) / (1.0 - DECAY)
         self._expected_s = self._expected_s * kept + expected_s * counts
         self._measured_s = self._measured_s * kept + seconds * counts
         self.drift = self._measured_s / self._expected_s
@@ -139,15 +142,26 @@ def pace_of(deployment: Deployment, replica: Replica) -> Pace:
 
 def step_costs(deployment: Deployment, replica: Replica) -> StepCosts | None:
     """The roofline of the replica's model on its slice, or None where there is none."""
-    shape, card, part = shape_of(deployment.models[replica.model]), deployment.gpu, replica.slice.profile
-    if shape is None or card is None or part is None:
+    shape = shape_of(deployment.models[replica.model])
+    return None if shape is None else costs_of(shape, deployment, replica)
+
+
+def costs_of(shape: ModelShape, deployment: Deployment, replica: Replica) -> StepCosts | None:
+    """The same for a model of this shape in the replica's place."""
+    card, part = deployment.gpu, replica.slice.profile
+    if card is None or part is None:
         return None
-    return _costs_of(shape, card, part, replica.processes)
+    return _costs_of(shape, card, part, replica.processes, replica.tensor_parallel, deployment.engine.name)
 
 
 @lru_cache(maxsize=1024)
-def _costs_of(shape: ModelShape, card: Gpu, part: Profile, processes: int) -> StepCosts:
-    return StepCosts(shape, card, part, processes=processes)
+def _costs_of(shape: ModelShape, card: Gpu, part: Profile, processes: int, ways: int, engine: EngineName) -> StepCosts:
+    if shape.role != "decoder":
+        engine = "gpuplan"
+    overhead_s, in_blocks = step_overhead_s(engine, shape, card), engine == "vllm"
+    return StepCosts(
+        shape, card, part, tensor_parallel=ways, processes=processes, overhead_s=overhead_s, in_blocks=in_blocks
+    )
 
 
 @lru_cache(maxsize=1024)

@@ -104,7 +104,7 @@ def expected(replica: ReplicaState, s: Sequence, *, now_s: float, ahead: Ahead |
         # Those that run are at all stages of their answers: after the time of a whole one, all have left their places
         # and their KV cache.
         share = max(together - replica.limit.limit, 0) / running
-        limit_kv = replica.spec.kv_tokens_max
+        limit_kv = replica.kv_tokens_max
         if limit_kv is not None and replica.kv_reserved:
             missing = replica.kv_reserved + ahead.kv_tokens + s.kv_tokens - limit_kv
             share = max(share, missing / replica.kv_reserved)

@@ -34,18 +34,18 @@ def next_turn(replica: ReplicaState, alive: Mapping[int, Sequence]) -> list[Sequ
         if s.losses and not s.cancelled:
             return [s]
     while replica.turns:
-        group = [s for s in replica.turns.pop() if alive.get(s.request_id) is s]
+        group = [s for s in replica.turns.pop() if alive.get(s.request_id) is s and s not in replica.gave_way]
         if group:
             return group
     size = replica.limit.memory_limit
     if replica.running <= size:
         return None
-    everybody = list(replica.sequences())
+    everybody = [*replica.prefilling, *replica.decoding]
     replica.turns = [everybody[i : i + size] for i in range(0, len(everybody), size)][::-1]
     return replica.turns.pop()
 
 
 def may_try_elsewhere(model: ModelState, s: Sequence) -> bool:
     """Its replica is gone: it may run again if nothing was sent, it has not been lost too often, and there is room."""
-    free = model.waiting < model.batching.max_queue_size
-    return not s.emitted and s.losses < LOSSES_MAX and free and admission.fits_somewhere(model, s)
+    free = model.waiting < model.max_queue_size
+    return not s.emitted and not s.sent and s.losses < LOSSES_MAX and free and admission.fits_somewhere(model, s)

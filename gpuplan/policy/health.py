@@ -14,6 +14,7 @@ from gpuplan.policy.admission import refusal
 from gpuplan.policy.state import ModelState, ReplicaState, Sequence
 from gpuplan.policy.vocabulary import Action, Reject, RunStep
 
+NEVER = float("inf")
 SLOW_STEPS = 8
 """So many slow ones in a row: more than a hiccup of the host, less than a second of most models."""
 
@@ -43,10 +44,13 @@ def step_done(
     replica.limit.steps_done(carried, seconds, expected_s if replica.pace.by_roofline else None, steps)
     if len(model.replicas) == 1 or seconds <= 0.0:
         return
-    neighbours = [r.pace.drift for r in model.replicas if r is not replica and _compares(replica, r)]
-    if not neighbours:
+    least = NEVER
+    for other in model.replicas:
+        if other is not replica and other.pace.drift < least and _compares(replica, other):
+            least = other.pace.drift
+    if least == NEVER:
         return
-    ratio = seconds / (expected_s * min(neighbours))
+    ratio = seconds / (expected_s * least)
     if ratio < replica.breaker.slow_factor:
         replica.slow_steps = 0
         return

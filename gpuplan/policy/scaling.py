@@ -35,11 +35,11 @@ class Scaling:
         return model in self._may_be_none
 
     def arrived(self, s: Sequence) -> None:
-        if (scaled := self._scaled.get(s.model.name)) is not None:
+        if self._scaled and (scaled := self._scaled.get(s.model.name)) is not None:
             scaled.arrived_work_s += s.work_s
 
     def left(self, s: Sequence) -> None:
-        if (scaled := self._scaled.get(s.model.name)) is not None:
+        if self._scaled and (scaled := self._scaled.get(s.model.name)) is not None:
             scaled.served_work_s += s.work_s
 
     def asked_for(self, s: Sequence, now_s: float, actions: list[Action]) -> None:
@@ -75,7 +75,7 @@ class Scaling:
 
     def stopped(self, replica: ReplicaState) -> StopReplica | None:
         """The action for a replica on which nothing runs any more, if it was told to stop."""
-        return StopReplica(replica.spec.id) if replica.phase == "stopping" else None
+        return StopReplica(replica.replica_id) if replica.phase == "stopping" else None
 
     def gone(self, replica: ReplicaState) -> None:
         """A replica is down: one that was told to stop, and had nothing left, stands by again."""
@@ -91,7 +91,7 @@ class Scaling:
             else:
                 replica.phase, replica.returning = "starting", True
                 replica.ready_s = now_s + self._cold_start_s
-                actions.append(StartReplica(replica.spec.id))
+                actions.append(StartReplica(replica.replica_id))
 
     def _stop(self, model: ModelState, replicas: list[ReplicaState]) -> None:
         for replica in replicas:
@@ -128,7 +128,7 @@ class _Scaled:
     def observed(self, free_slices: int) -> Observation:
         there = [r for r in self.model.replicas if r.phase in ("serving", "starting") and not r.retiring]
         ready = [r for r in there if r.up]
-        kv_tokens = sum(r.spec.kv_tokens_max or 0 for r in ready)
+        kv_tokens = sum(r.kv_tokens_max or 0 for r in ready)
         seen = Observation(
             ready=len(ready),
             starting=len(there) - len(ready),

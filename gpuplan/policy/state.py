@@ -10,6 +10,7 @@ from typing import Literal
 from gpuplan.policy.breaker import Breaker
 from gpuplan.policy.concurrency import ConcurrencyLimit
 from gpuplan.policy.cost import Outputs, Pace
+from gpuplan.policy.kv_blocks import KvBlocks, Span
 from gpuplan.policy.line import Line
 from gpuplan.policy.rate_limits import RateLimiter
 from gpuplan.policy.vocabulary import RunStep
@@ -44,11 +45,12 @@ class DrainRate:
 class ClassState:
     """A traffic class: its rules, how many of its requests wait (or are at the door), and how fast they complete."""
 
-    __slots__ = ("drain", "name", "spec", "waiting")
+    __slots__ = ("deadline", "drain", "max_queue_size", "name", "priority", "spec", "waiting")
 
     def __init__(self, name: str, spec: ClassSpec) -> None:
         self.name = name
         self.spec = spec
+        self.priority, self.deadline, self.max_queue_size = spec.priority, spec.deadline, spec.max_queue_size
         self.waiting = 0
         self.drain = DrainRate()
 
@@ -56,7 +58,9 @@ class ClassState:
 class Sequence:
     """One admitted request and how far it has come. `model` is its ModelState. It waits in the line of `home`, or runs
     on `replica`. `expected_tokens` is how many it will likely generate, `work_s` what it costs there, in seconds. A
-    `probe` finds out whether its model works again."""
+    `probe` finds out whether its model works again. Of one that gave way, the tokens that were `sent` before are part
+    of the prompt.
+    """
 
     __slots__ = (
         "arrived_s",
@@ -75,6 +79,8 @@ class Sequence:
         "prompt_tokens",
         "replica",
         "request_id",
+        "sent",
+        "spans",
         "ticket",
         "traffic",
         "work_s",
@@ -90,6 +96,7 @@ class Sequence:
         arrived_s: float,
         *,
         deadline_s: float | None = None,
+        spans: tuple[Span, ...] = (),
     ) -> None:
         self.request_id = request_id
         self.model = model
@@ -98,11 +105,12 @@ class Sequence:
         self.output_tokens = output_tokens
         self.arrived_s = arrived_s
         self.deadline_s = deadline_s
+        self.spans = spans
         self.limiters: tuple[RateLimiter, ...] = ()
-        self.priority = traffic.spec.priority
+        self.priority = traffic.priority
         self.expected_tokens = model.outputs_of(traffic).expected(output_tokens)
         self.prefilled = 0
-        self.emitted = 0
+        self.emitted = self.sent = 0
         self.losses = 0
         self.cancelled = self.probe = False
         self.work_s = 0.0
@@ -128,18 +136,25 @@ class ReplicaState:
     halves of a step that failed. `slow_steps` counts those in a row that took much longer than a neighbour's would.
     `answered` is how many requests its last step answered, at `answered_s`. The step that runs, from `step_began_s` on,
     should take `step_s` each time; `cut` when it is not to be run again.
+
+    Where KV cache is kept in `blocks`, it is taken as contexts grow, and `kv_reserved` is what they hold; elsewhere it
+    is reserved whole. Those who `gave_way` for lack of blocks hold none, and go on before anybody else starts.
     """
 
     __slots__ = (
+        "_decoding_ids",
         "answered",
         "answered_s",
+        "blocks",
         "breaker",
         "cancelled",
         "context_tokens",
         "cut",
         "decoding",
         "expected_tokens",
+        "gave_way",
         "kv_reserved",
+        "kv_tokens_max",
         "limit",
         "line",
         "order",
@@ -149,8 +164,10 @@ class ReplicaState:
         "prefilling",
         "prompts_left",
         "ready_s",
+        "replica_id",
         "retiring",
         "returning",
+        "schedules_ahead",
         "slow_steps",
         "spec",
         "step",
@@ -172,8 +189,11 @@ class ReplicaState:
         limit: ConcurrencyLimit,
         breaker: Breaker,
         phase: Phase,
+        blocks: KvBlocks | None = None,
+        schedules_ahead: bool = False,
     ) -> None:
         self.spec = spec
+        self.replica_id, self.kv_tokens_max = spec.id, spec.kv_tokens_max
         self.order = order
         self.place = place
         place.append(self)
@@ -182,6 +202,8 @@ class ReplicaState:
         self.limit = limit
         self.breaker = breaker
         self.phase = phase
+        self.blocks = blocks
+        self.schedules_ahead = schedules_ahead
         self.up = self.returning = self.retiring = self.unloaded = False
         self.ready_s = float("-inf")
         self.slow_steps = 0
@@ -194,6 +216,8 @@ class ReplicaState:
         self.answered_s = float("-inf")
         self.prefilling: list[Sequence] = []
         self.decoding: list[Sequence] = []
+        self._decoding_ids: tuple[int, ...] | None = ()  # None: they have changed
+        self.gave_way: list[Sequence] = []
         self.kv_reserved = 0
         self.context_tokens = 0
         self.prompts_left = 0
@@ -231,29 +255,43 @@ class ReplicaState:
     def sequences(self) -> Iterator[Sequence]:
         yield from self.prefilling
         yield from self.decoding
+        yield from self.gave_way
 
     def could_hold(self, sequence: Sequence) -> bool:
         """Its KV cache is large enough for the sequence, were it empty."""
-        limit = self.spec.kv_tokens_max
+        limit = self.kv_tokens_max
         return limit is None or sequence.kv_tokens <= limit
 
     def has_room_for(self, sequence: Sequence) -> bool:
-        """A place in the batch and KV cache for all of it: an admitted sequence never runs out of memory."""
+        """A place in the batch and KV cache for all of it, so that it never runs out of memory; where KV cache is kept
+        in blocks, for its prompt."""
         if not self.up or self.retiring or self.running >= self.limit.limit or not self.breaker.allows():
             return False
-        limit = self.spec.kv_tokens_max
+        if self.schedules_ahead and self.running and sequence.arrived_s > self.step_began_s:
+            return False  # the step that follows was put together before it came
+        if self.blocks is not None:
+            return self._has_blocks_for(self.blocks, sequence)
+        limit = self.kv_tokens_max
         if limit is None:
             return True
         if len(self.place) == 1:
             return self.kv_reserved + sequence.kv_tokens <= limit
         return sequence.kv_tokens <= self.kv_free()
 
+    def _has_blocks_for(self, blocks: KvBlocks, sequence: Sequence) -> bool:
+        """For its prompt, unless somebody who gave way goes first."""
+        if self.gave_way or not self.could_hold(sequence):
+            return False
+        if len(self.place) > 1 and sequence.prompt_tokens > self.kv_free():
+            return False
+        return blocks.fits(sequence.request_id, sequence.spans, sequence.prompt_tokens)
+
     def kv_free(self) -> int:
         """Tokens of KV cache left in its place, beside what every version there holds and the weights of all but one.
         Only for a model with a limit."""
-        assert self.spec.kv_tokens_max is not None, "only where there is a limit"
+        assert self.kv_tokens_max is not None, "only where there is a limit"
         displaced = self.spec.weights_kv_tokens * (len(self.place) - 1)
-        return self.spec.kv_tokens_max - displaced - sum(r.kv_reserved for r in self.place)
+        return self.kv_tokens_max - displaced - sum(r.kv_reserved for r in self.place)
 
     def wait(self, sequence: Sequence) -> None:
         """The sequence joins its line."""
@@ -273,21 +311,58 @@ class ReplicaState:
         """The sequence starts, out of its line."""
         self.wait_no_longer(sequence)
         sequence.replica = self
-        self.prefilling.append(sequence)
-        self.kv_reserved += sequence.kv_tokens
-        self.prompts_left += sequence.prompt_tokens
+        self.start(sequence)
         self.expected_tokens += sequence.expected_tokens
         self.breaker.probe_sent()
 
-    def let_go(self, sequence: Sequence) -> None:
-        """The sequence is over here: its place in the batch and its KV cache are free."""
+    def start(self, sequence: Sequence) -> None:
+        """Its prompt is read from here on."""
+        self.prefilling.append(sequence)
+        if self.blocks is None:
+            self.kv_reserved += sequence.kv_tokens
+        else:
+            sequence.prefilled = self.blocks.admit(sequence.request_id, sequence.spans, sequence.prompt_tokens)
+            self.count_blocks()
+        self.prompts_left += sequence.prompt_tokens - sequence.prefilled
+
+    def decode(self, sequence: Sequence) -> None:
+        """Its prompt has been read: it gets a token every step from here on."""
+        self.prefilling.remove(sequence)
+        self.decoding.append(sequence)
+        self._decoding_ids = None
+
+    def decoding_ids(self) -> tuple[int, ...]:
+        """The numbers of those that get a token every step, in order."""
+        if self._decoding_ids is None:
+            self._decoding_ids = tuple([s.request_id for s in self.decoding])
+        return self._decoding_ids
+
+    def stop(self, sequence: Sequence) -> None:
+        """It runs no more: its place in the batch and its KV cache are free."""
         if sequence.emitted:
             self.decoding.remove(sequence)
+            self._decoding_ids = None
             self.context_tokens -= sequence.prompt_tokens + sequence.emitted
         else:
             self.prefilling.remove(sequence)
             self.prompts_left -= sequence.prompt_tokens - sequence.prefilled
-        self.kv_reserved -= sequence.kv_tokens
+        if self.blocks is None:
+            self.kv_reserved -= sequence.kv_tokens
+        else:
+            self.blocks.let_go(sequence.request_id)
+            self.count_blocks()
+
+    def count_blocks(self) -> None:
+        """What is held is what is reserved."""
+        assert self.blocks is not None, "only where there are blocks"
+        self.kv_reserved = self.blocks.held * self.blocks.block_size
+
+    def let_go(self, sequence: Sequence) -> None:
+        """The sequence is over here: its place in the batch and its KV cache are free."""
+        if sequence in self.gave_way:
+            self.gave_way.remove(sequence)
+        else:
+            self.stop(sequence)
         self.expected_tokens -= sequence.expected_tokens
 
 
@@ -295,7 +370,19 @@ class ModelState:
     """A model's replicas in order of the deployment, how many requests wait for any of them, and what has been learned
     of its requests. `retiring` counts versions that are not unloaded yet."""
 
-    __slots__ = ("batching", "breaker", "decoder", "drain", "name", "outputs", "replicas", "retiring", "waiting")
+    __slots__ = (
+        "batching",
+        "breaker",
+        "decoder",
+        "drain",
+        "max_batch_tokens",
+        "max_queue_size",
+        "name",
+        "outputs",
+        "replicas",
+        "retiring",
+        "waiting",
+    )
 
     def __init__(
         self, name: str, decoder: bool, batching: BatchingSpec, replicas: list[ReplicaState], breaker: Breaker
@@ -303,6 +390,7 @@ class ModelState:
         self.name = name
         self.decoder = decoder
         self.batching = batching
+        self.max_queue_size, self.max_batch_tokens = batching.max_queue_size, batching.max_batch_tokens
         self.replicas = replicas
         self.breaker = breaker
         self.waiting = 0

@@ -47,6 +47,7 @@ class Knock(Word, frozen=True):
 class Arrive(Word, frozen=True):
     """A request has come. `output_tokens` is the most it may get; 0 for a model that answers in one step. `timeout_s`
     is how long its client waits for all of the answer, from here on. `key` names whose request it is, for rate limits.
+    `spans` are the parts that its prompt begins with, where others begin with the same: a name and its tokens each.
     """
 
     request_id: int
@@ -57,6 +58,7 @@ class Arrive(Word, frozen=True):
     traffic_class: str = ""
     key: str = ""
     timeout_s: float | None = None
+    spans: tuple[tuple[str, int], ...] = ()
 
 
 class StepDone(Word, frozen=True):

@@ -227,8 +227,9 @@ class Recorder:
             for request_id in step.answered():
                 self.served[request_id].token_s.append(now_s)
         for prefill in step.prefills:
-            if prefill.last:
-                self.served[prefill.request_id].first_token_s = now_s
+            served = self.served[prefill.request_id]
+            if prefill.last and served.first_token_s is None:  # one that gave way is read again
+                served.first_token_s = now_s
 
     def _ended(self, request_id: int, outcome: str, now_s: float) -> None:
         served = self.served.get(request_id)

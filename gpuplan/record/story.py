@@ -346,12 +346,13 @@ def _arrival(lines: Sequence[bytes], client_id: str) -> int | None:
 class _Step:
     """A step of the request that is running; `told` where it is a moment of its own."""
 
-    __slots__ = ("batch_size", "began_s", "members", "prefills", "step", "tokens", "told")
+    __slots__ = ("answers", "batch_size", "began_s", "members", "prefills", "step", "tokens", "told")
 
     def __init__(self, step: RunStep, request_id: int, began_s: float) -> None:
         self.step, self.began_s, self.told = step, began_s, False
         mine = [p for p in step.prefills if p.request_id == request_id]
         self.tokens = mine[0].tokens if mine else 0
+        self.answers = request_id in step.answered()
         self.prefills = len(step.prefills) - len(mine)
         self.members = (*step.decodes, *(p.request_id for p in step.prefills))
         self.batch_size = len(self.members)
@@ -371,7 +372,7 @@ class _Teller:
         self._index = first
         self._step: _Step | None = None
         self._started = self._again = False
-        self._read = self._tokens = self._sat_out = 0
+        self._tokens = self._sat_out = 0
         self._well: list[tuple[_Step, float]] = []  # steps since something else was told, and when they ended
         self._decoder = arrival.output_tokens > 0
         self._phase = "waiting"
@@ -487,10 +488,9 @@ class _Teller:
         assert mine is not None, "it is mine"
         if any(request_id == self._id for request_id, _ in event.failed):
             return  # what became of it follows
-        self._read += mine.tokens
         if not mine.told:
             self._well.append((mine, now_s))
-        if self._read < self._arrival.prompt_tokens:
+        if not mine.answers:
             return
         self._tokens += self._decoder
         if self._decoder and self._tokens == 1:
@@ -521,7 +521,7 @@ class _Teller:
         if self._started and not self._tokens:  # all of it has to be done again
             self._buckets["lost"] += self._buckets["prompt"]
             self._buckets["prompt"] = 0.0
-        self._step, self._started, self._again, self._read, self._sat_out = None, False, False, 0, 0
+        self._step, self._started, self._again, self._sat_out = None, False, False, 0
 
     def _others(self, mine: _Step) -> tuple[str, ...]:
         """Its step's other members, by the ids that clients gave; the core's number in brackets where one gave none."""

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct, field
 
+from gpuplan.hardware.engines import EngineName
+
 Duration = Annotated[float, Meta(ge=0.0, extra={"duration": True})]
 """Seconds; in a file also `250ms`, `60s`, `5m`, `1h`."""
 QueueDelay = Annotated[float, Meta(ge=0.0, le=60.0, extra={"duration": True})]
@@ -99,6 +101,17 @@ class AbandonSpec(Section, frozen=True):
     after: Annotated[float, Meta(gt=0.0, le=3600.0, extra={"duration": True})]
 
 
+class SharedPrefix(Section, frozen=True):
+    """The first `tokens` of the class's prompts, which requests of one of `groups` have in common (a system prompt).
+    With `prompts_per_group` the rest repeats too: there are so many prompts in each group and no others, as
+    inference-perf's `shared_prefix` sends them. `share` of the class's requests have a prefix, the others none."""
+
+    tokens: Count
+    groups: Count = 1
+    prompts_per_group: Count | None = None
+    share: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+
+
 class TrafficClass(Section, frozen=True):
     """One kind of request: where it goes, when, how long, and how fast it must be answered."""
 
@@ -107,6 +120,7 @@ class TrafficClass(Section, frozen=True):
     arrivals: Arrivals
     prompt_tokens: Count | Lengths | None = None
     output_tokens: Count | Lengths | None = None
+    shared_prefix: SharedPrefix | None = None
     slo: dict[str, dict[str, Annotated[float, Meta(gt=0.0)]]] = {}
     abandon: AbandonSpec | None = None
 
@@ -195,6 +209,23 @@ class ReplicaSpec(Section, frozen=True):
     worker: Literal["process", "thread"] = "process"
     threads: Annotated[int, Meta(ge=1, le=1024)] | None = None
     kv_cache_tokens: Annotated[int, Meta(ge=1, le=1_000_000_000)] | None = None
+
+
+class EngineSpec(Section, frozen=True):
+    """How decoders are served, with the names of vLLM's arguments. What is left out is as vLLM has it where it serves
+    an API on that card. `max_num_batched_tokens` bounds all tokens of a step, prompts' and decodes'.
+    `num_gpu_blocks_override` is the KV cache in blocks of `block_size` tokens; left out: what `gpu_memory_utilization`
+    of the cards' memory leaves beside the weights. A replica has `tensor_parallel_size` whole cards."""
+
+    kind: EngineName
+    max_num_seqs: Annotated[int, Meta(ge=1, le=4096)] | None = None
+    max_num_batched_tokens: Annotated[int, Meta(ge=16, le=1_000_000)] | None = None
+    gpu_memory_utilization: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.9
+    block_size: Annotated[int, Meta(ge=1, le=256)] = 16
+    num_gpu_blocks_override: Count | None = None
+    enable_prefix_caching: bool = True
+    async_scheduling: bool = True
+    tensor_parallel_size: Annotated[int, Meta(ge=1, le=64)] = 1
 
 
 # --- who is let in ------------------------------------------------------------------------------------------------
@@ -320,6 +351,7 @@ class DeploymentSpec(Section, frozen=True):
     autoscale: AutoscaleSpec = AutoscaleSpec()
     admission: AdmissionSpec = AdmissionSpec()
     breakers: BreakerSpec = BreakerSpec()
+    engine: EngineName | EngineSpec = "gpuplan"
     price_per_hour: Annotated[float, Meta(ge=0.0)] | None = None
 
 

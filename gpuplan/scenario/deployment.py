@@ -7,13 +7,14 @@ InputError for what cannot be: a layout the card does not allow, a slice that is
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 import msgspec
 
 from gpuplan.errors import InputError
 from gpuplan.hardware import catalog, mig, profiles, roofline, shapes
+from gpuplan.scenario import engine as engines
 from gpuplan.scenario import faults, onnx_files
 from gpuplan.scenario.demand import (
     AdmissionSpec,
@@ -27,6 +28,7 @@ from gpuplan.scenario.demand import (
     Scenario,
 )
 from gpuplan.scenario.demand import Role as Role
+from gpuplan.scenario.engine import BUILT_IN, Engine
 from gpuplan.scenario.faults import Fault
 
 CPU = "cpu"
@@ -60,7 +62,8 @@ class Slice:
 @dataclass(frozen=True, slots=True)
 class Replica:
     """One copy of a model on one slice, which `processes` copies share. `kv_tokens_max` is None for a model without a
-    KV cache; `weights_kv_tokens` is how many tokens of KV cache a second version of the model would displace."""
+    KV cache; `weights_kv_tokens` is how many tokens of KV cache a second version of the model would displace. With
+    `tensor_parallel` it has as many whole cards, of which `slice` is the first."""
 
     id: str
     model: str
@@ -71,6 +74,7 @@ class Replica:
     weights_kv_tokens: int = 0
     worker: Literal["process", "thread"] = "process"
     threads: int | None = None
+    tensor_parallel: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,7 @@ class Deployment:
     traffic_classes: tuple[str, ...] = ()
     standby: tuple[Replica, ...] = ()
     faults: tuple[Fault, ...] = ()
+    engine: Engine = BUILT_IN
 
     @property
     def gpu_name(self) -> str:
@@ -225,9 +230,12 @@ def build(spec: DeploymentSpec, models: Mapping[str, ModelSource]) -> Deployment
         slices = tuple(part for i in range(spec.count) for part in _cut(gpu, i, spec.mig))
         layout = tuple(part.name for part in slices if part.gpu_index == 0)
     price = spec.price_per_hour if spec.price_per_hour is not None else gpu.price_per_hour if gpu else 0.0
-    batching = {name: spec.batching.get(name, BatchingSpec()) for name in models}
+    engine = engines.engine_of(spec.engine)
+    _check_engine(engine, gpu, models)
+    decoders = {name: role(source) == "decoder" for name, source in models.items()}
+    batching = engines.batching_of(spec.engine, gpu, decoders, spec.batching)
     free = list(slices)
-    replicas = _assign(_replica_specs(spec, gpu, models), gpu, models, batching, free)
+    replicas = _assign(_replica_specs(spec, gpu, models), gpu, models, batching, free, engine)
     return Deployment(
         gpu=gpu,
         price_per_hour=price,
@@ -239,7 +247,8 @@ def build(spec: DeploymentSpec, models: Mapping[str, ModelSource]) -> Deployment
         models=dict(models),
         admission=spec.admission,
         breakers=spec.breakers,
-        standby=_standby(spec.autoscale, gpu, models, batching, replicas, free),
+        standby=_standby(spec.autoscale, gpu, models, batching, replicas, free, engine),
+        engine=engine,
     )
 
 
@@ -254,6 +263,7 @@ def describe(deployment: Deployment) -> dict[str, object]:
             for r in deployment.replicas
         ],
         "batching": {name: msgspec.structs.asdict(rule) for name, rule in deployment.batching.items()},
+        "engine": asdict(deployment.engine),
         "price_per_hour": deployment.price_per_hour,
     }
 
@@ -293,6 +303,7 @@ def _assign(
     models: Mapping[str, ModelSource],
     batching: Mapping[str, BatchingSpec],
     free: list[Slice],
+    engine: Engine,
 ) -> tuple[Replica, ...]:
     replicas: list[Replica] = []
     for i, spec in enumerate(specs):
@@ -308,7 +319,10 @@ def _assign(
                 have = ", ".join(sorted({p.name for p in free})) or "no slice is left"
                 raise InputError("no such slice is free in the layout", key=f"{key}.slice", value=wanted, allowed=have)
             free.remove(part)
-            kv_tokens_max = _kv_tokens(source, part, spec, batching[spec.model], key)
+            ways = engine.tensor_parallel if role(source) == "decoder" else 1
+            if ways > 1:
+                _join_cards(part, free, ways, spec)
+            kv_tokens_max = _kv_tokens(source, part, spec, batching[spec.model], key, engine)
             for _ in range(spec.processes):
                 number = sum(1 for r in replicas if r.model == spec.model)
                 name = f"{spec.model}-{number}"
@@ -323,6 +337,7 @@ def _assign(
                         weights_kv_tokens=_weights_kv_tokens(source) if kv_tokens_max and part.profile else 0,
                         worker=spec.worker,
                         threads=spec.threads,
+                        tensor_parallel=ways,
                     )
                 )
     return tuple(replicas)
@@ -335,6 +350,7 @@ def _standby(
     batching: Mapping[str, BatchingSpec],
     replicas: tuple[Replica, ...],
     free: list[Slice],
+    engine: Engine,
 ) -> tuple[Replica, ...]:
     """The replicas that may be started: each model's like its first one, on the slices that are left. A slice may have
     several models stand by; whoever is started first has it."""
@@ -353,6 +369,10 @@ def _standby(
             )
         more = rule.max_replicas - len(mine)
         first = mine[0]
+        if first.tensor_parallel > 1 and more:
+            raise InputError(
+                "a model on several cards does not come and go", key=key, allowed="tensor_parallel_size: 1"
+            )
         if gpu is None:
             places = [first.slice] * more
         else:
@@ -369,9 +389,40 @@ def _standby(
             like = ReplicaSpec(model=name, slice=part.name)
             kv_tokens_max = first.kv_tokens_max
             if part.name != first.slice.name or first.processes > 1:
-                kv_tokens_max = _kv_tokens(models[name], part, like, batching[name], key)
+                kv_tokens_max = _kv_tokens(models[name], part, like, batching[name], key, engine)
             standby.append(replace(first, id=f"{name}-{number}", slice=part, processes=1, kv_tokens_max=kv_tokens_max))
     return tuple(standby)
+
+
+def _check_engine(engine: Engine, gpu: catalog.Gpu | None, models: Mapping[str, ModelSource]) -> None:
+    """What vLLM would not serve, and what nobody could say how fast it would."""
+    if engine.name == "gpuplan":
+        return
+    if gpu is None:
+        raise InputError(f"{engine.name} is emulated on a GPU, and this is a CPU", key="deployment.engine",
+                         value=engine.name, allowed="gpuplan, or a card in deployment.gpu")  # fmt: skip
+    for name, source in models.items():
+        model = shape_of(source)
+        if role(source) != "decoder":
+            continue
+        if not source.emulated or model is None:
+            raise InputError(f"{name} is served by gpuplan's own engine", key="deployment.engine", value=engine.name,
+                             allowed="gpuplan, or models that are emulated")  # fmt: skip
+        if model.heads % engine.tensor_parallel:
+            raise InputError(f"must divide {model.name}'s {model.heads} attention heads",
+                             key="deployment.engine.tensor_parallel_size", value=engine.tensor_parallel,
+                             allowed=f"a divisor of {model.heads}")  # fmt: skip
+
+
+def _join_cards(first: Slice, free: list[Slice], ways: int, spec: ReplicaSpec) -> None:
+    """Takes the other cards of a replica that has several, all of them whole."""
+    key = "deployment.engine.tensor_parallel_size"
+    if first.name != mig.WHOLE or spec.processes > 1:
+        raise InputError("needs whole cards, each with one process", key=key, value=ways, allowed="1")
+    if len(free) < ways - 1:
+        raise InputError(f"{spec.model} finds {len(free) + 1} whole card(s) left", key=key, value=ways,
+                         allowed="a deployment.count with as many cards for each replica")  # fmt: skip
+    del free[: ways - 1]
 
 
 def _slice_name(gpu: catalog.Gpu | None, name: str) -> str:
@@ -408,9 +459,17 @@ def _profile(row: MigProfileSpec, cells: int, index: int) -> mig.Profile:
     )
 
 
-def _kv_tokens(source: ModelSource, part: Slice, spec: ReplicaSpec, batching: BatchingSpec, key: str) -> int | None:
+def _kv_tokens(
+    source: ModelSource, part: Slice, spec: ReplicaSpec, batching: BatchingSpec, key: str, engine: Engine
+) -> int | None:
     """The KV cache of one replica in tokens; None for a model that keeps none."""
     model = shape_of(source)
+    if engine.block_size is not None and model is not None and part.profile is not None and role(source) == "decoder":
+        if spec.kv_cache_tokens is not None or spec.processes > 1:
+            field = "processes" if spec.kv_cache_tokens is None else "kv_cache_tokens"
+            raise InputError(f"{engine.name} has its own", key=f"{key}.{field}", value=getattr(spec, field),
+                             allowed="leave it out, or deployment.engine.num_gpu_blocks_override")  # fmt: skip
+        return engine.kv_tokens(model, part.profile, key=f"{key}.slice")
     if model and source.emulated and part.profile is None:
         raise InputError(
             f"{model.name} is emulated on a GPU, and this is a CPU", key="deployment.gpu", allowed="a card's name"

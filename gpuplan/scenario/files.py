@@ -20,6 +20,7 @@ from gpuplan.errors import InputError
 from gpuplan.hardware import catalog, mig, shapes
 from gpuplan.hardware.profiles import Profile
 from gpuplan.scenario import demand, deployment, faults, onnx_files, text
+from gpuplan.scenario import engine as engines
 from gpuplan.scenario.build import build
 from gpuplan.scenario.demand import Scenario
 from gpuplan.scenario.onnx_files import CONFIG_CHARS_MAX
@@ -105,6 +106,10 @@ def check(scenario: Scenario) -> None:
     for name in scenario.deployment.batching:
         if name not in scenario.models:
             raise InputError("no such model", key=f"deployment.batching.{name}", allowed=", ".join(scenario.models))
+        engine = engines.spec_of(scenario.deployment.engine).kind
+        if engine != "gpuplan" and deployment.role(scenario.models[name]) == "decoder":
+            raise InputError(f"{engine} has limits of its own", key=f"deployment.batching.{name}",
+                             allowed="deployment.engine.max_num_seqs and max_num_batched_tokens")  # fmt: skip
     for name, rule in scenario.deployment.autoscale.models.items():
         key = f"deployment.autoscale.models.{name}"
         if name not in scenario.models:
@@ -147,6 +152,8 @@ def _check_class(scenario: Scenario, traffic: demand.TrafficClass, key: str) -> 
             raise InputError(f"{traffic.model} gives no tokens", key=f"{key}.{field}", allowed="leave it out")
         if isinstance(lengths, demand.Lengths):
             _check_lengths(lengths, f"{key}.{field}")
+    if traffic.shared_prefix is not None:
+        _check_prefix(traffic, traffic.shared_prefix, decoder, f"{key}.shared_prefix")
     for metric, limits in traffic.slo.items():
         if metric not in demand.SLO_METRICS:
             raise InputError("unknown metric", key=f"{key}.slo", value=metric, allowed=", ".join(demand.SLO_METRICS))
@@ -160,6 +167,18 @@ def _check_class(scenario: Scenario, traffic: demand.TrafficClass, key: str) -> 
                     value=statistic,
                     allowed=", ".join(demand.SLO_STATISTICS),
                 )
+
+
+def _check_prefix(traffic: demand.TrafficClass, prefix: demand.SharedPrefix, decoder: bool, key: str) -> None:
+    if not decoder:
+        raise InputError(f"{traffic.model} keeps nothing of a prompt", key=key, allowed="leave it out")
+    if isinstance(traffic.prompt_tokens, int) and prefix.tokens > traffic.prompt_tokens:
+        raise InputError(
+            "is longer than the prompts",
+            key=f"{key}.tokens",
+            value=prefix.tokens,
+            allowed=f"at most prompt_tokens ({traffic.prompt_tokens})",
+        )
 
 
 def _check_fault(fault: demand.FaultSpec, key: str) -> None:

@@ -21,11 +21,15 @@ from gpuplan.scenario import demand, traces
 from gpuplan.scenario.demand import Lengths, Scenario, TrafficClass
 from gpuplan.scenario.deployment import role, window_of
 
+Spans = tuple[tuple[str, int], ...]
+"""The parts that a prompt begins with as others do: a name and its tokens each."""
+
 
 @dataclass(frozen=True, slots=True)
 class ScheduledRequest:
     """A request due at `scheduled_s` after the start. `output_tokens` is 0 for a model that streams none. Its client
-    hangs up `abandon_s` after it was sent; None for one that waits."""
+    hangs up `abandon_s` after it was sent; None for one that waits. `spans` are the parts that its prompt begins with
+    as others of the class do: a name and its tokens each."""
 
     index: int
     scheduled_s: float
@@ -34,6 +38,7 @@ class ScheduledRequest:
     prompt_tokens: int
     output_tokens: int
     abandon_s: float | None = None
+    spans: Spans = ()
 
 
 REQUESTS_MAX = 5_000_000
@@ -52,7 +57,8 @@ class Schedule:
 class Columns(Sequence[ScheduledRequest]):
     """Requests as columns, 18 bytes each: made when they are looked at. Numbered from 0 in their order.
 
-    `kinds` are the (traffic class, model) that `kind` counts from 0; `abandon_s` has those alone who hang up.
+    `kinds` are the (traffic class, model) that `kind` counts from 0; `abandon_s` has those alone who hang up, `spans`
+    those whose prompts begin as others do.
     """
 
     def __init__(self, kinds: Sequence[tuple[str, str]]) -> None:
@@ -62,6 +68,7 @@ class Columns(Sequence[ScheduledRequest]):
         self.prompt_tokens = array("i")
         self.output_tokens = array("i")
         self.abandon_s: dict[int, float] = {}
+        self.spans: dict[int, Spans] = {}
 
     @classmethod
     def of(cls, requests: Iterable[ScheduledRequest]) -> Columns:
@@ -72,15 +79,15 @@ class Columns(Sequence[ScheduledRequest]):
         columns = cls(())
         for r in requests:
             kind = kinds.setdefault((r.traffic_class, r.model), len(kinds))
-            columns.append(r.scheduled_s, kind, r.prompt_tokens, r.output_tokens, r.abandon_s)
+            if r.abandon_s is not None:
+                columns.abandon_s[len(columns)] = r.abandon_s
+            if r.spans:
+                columns.spans[len(columns)] = r.spans
+            columns.append(r.scheduled_s, kind, r.prompt_tokens, r.output_tokens)
         columns.kinds = tuple(kinds)
         return columns
 
-    def append(
-        self, scheduled_s: float, kind: int, prompt_tokens: int, output_tokens: int, abandon_s: float | None = None
-    ) -> None:
-        if abandon_s is not None:
-            self.abandon_s[len(self)] = abandon_s
+    def append(self, scheduled_s: float, kind: int, prompt_tokens: int, output_tokens: int) -> None:
         self.scheduled_s.append(scheduled_s)
         self.kind.append(kind)
         self.prompt_tokens.append(prompt_tokens)
@@ -101,7 +108,8 @@ class Columns(Sequence[ScheduledRequest]):
         i = range(len(self))[at]
         traffic_class, model = self.kinds[self.kind[i]]
         tokens = (self.prompt_tokens[i], self.output_tokens[i])
-        return ScheduledRequest(i, self.scheduled_s[i], traffic_class, model, *tokens, self.abandon_s.get(i))
+        rest = (self.abandon_s.get(i), self.spans.get(i, ()))
+        return ScheduledRequest(i, self.scheduled_s[i], traffic_class, model, *tokens, *rest)
 
 
 def build_schedule(scenario: Scenario, *, rate_scale: float = 1.0, speed: float = 1.0) -> Schedule:
@@ -109,13 +117,14 @@ def build_schedule(scenario: Scenario, *, rate_scale: float = 1.0, speed: float 
 
     `speed` replays traces faster without touching the other processes.
     """
-    rows: list[tuple[float, int, int, int, float | None]] = []
+    rows: list[tuple[float, int, int, int, float | None, Spans]] = []
     clipped = 0
     for order, traffic in enumerate(scenario.traffic):
         source = scenario.models[traffic.model]
         window = window_of(source)
         decoder = role(source) == "decoder"
         leavers = random.Random(f"{scenario.seed}/{traffic.name}/abandon")  # noqa: S311 - not for secrets
+        groups = random.Random(f"{scenario.seed}/{traffic.name}/prefix")  # noqa: S311 - not for secrets
         for time_s, prompt, output in _requests(scenario, traffic, rate_scale, speed):
             output = output if decoder else 0
             if prompt + output > window:
@@ -123,7 +132,8 @@ def build_schedule(scenario: Scenario, *, rate_scale: float = 1.0, speed: float 
                 prompt = min(prompt, window - 1 if decoder else window)
                 output = min(output, window - prompt)
             leaves = traffic.abandon is not None and leavers.random() < traffic.abandon.share
-            rows.append((time_s, order, prompt, output, traffic.abandon.after if leaves and traffic.abandon else None))
+            abandon_s = traffic.abandon.after if leaves and traffic.abandon else None
+            rows.append((time_s, order, prompt, output, abandon_s, _spans(traffic, prompt, groups)))
             if len(rows) > REQUESTS_MAX:
                 raise InputError(
                     "too many requests for one run",
@@ -133,8 +143,8 @@ def build_schedule(scenario: Scenario, *, rate_scale: float = 1.0, speed: float 
     rows.sort(key=lambda row: (row[0], row[1]))
     classes = scenario.traffic
     requests = tuple(
-        ScheduledRequest(i, time_s, classes[order].name, classes[order].model, prompt, output, abandon_s)
-        for i, (time_s, order, prompt, output, abandon_s) in enumerate(rows)
+        ScheduledRequest(i, time_s, classes[order].name, classes[order].model, prompt, output, abandon_s, spans)
+        for i, (time_s, order, prompt, output, abandon_s, spans) in enumerate(rows)
     )
     return Schedule(requests, scenario.duration, clipped)
 
@@ -154,6 +164,18 @@ def _requests(
         return
     for time_s in _arrivals(traffic.arrivals, scenario, traffic.name, rate_scale):
         yield time_s, draw(traffic.prompt_tokens, lengths), draw(traffic.output_tokens, lengths)
+
+
+def _spans(traffic: TrafficClass, prompt_tokens: int, rng: random.Random) -> Spans:
+    """What the prompt has in common with others of its class."""
+    prefix = traffic.shared_prefix
+    if prefix is None or (prefix.share < 1 and rng.random() >= prefix.share):
+        return ()
+    group = f"{traffic.name}/{rng.randrange(prefix.groups)}"
+    shared = min(prefix.tokens, prompt_tokens)
+    if prefix.prompts_per_group is None or shared == prompt_tokens:
+        return ((group, shared),)
+    return ((group, shared), (f"{group}/{rng.randrange(prefix.prompts_per_group)}", prompt_tokens - shared))
 
 
 def _arrivals(

@@ -46,6 +46,7 @@ class Metrics:
     def __init__(self, deployment: Deployment) -> None:
         self._model_of = {r.id: r.model for r in deployment.every_replica()}
         self._open: dict[int, tuple[_Counts, float]] = {}  # request: its model's counts, arrival
+        self._answered: set[int] = set()  # requests that have their first token: who gives way is read again
         self._steps: dict[str, tuple[RunStep, float]] = {}
         models = sorted({r.model for r in deployment.replicas})
         self._counts = {name: _Counts(name) for name in models}
@@ -104,10 +105,13 @@ class Metrics:
         counts.batch_size.observe(len(step.prefills) + len(step.decodes))
         counts.tokens += step.load.samples
         for prefill in step.prefills:
-            if prefill.last and (known := self._open.get(prefill.request_id)):
+            known = self._open.get(prefill.request_id)
+            if prefill.last and known and prefill.request_id not in self._answered:
                 counts.first_token.observe(now_s - known[1])
+                self._answered.add(prefill.request_id)
 
     def _ended(self, request_id: int, outcome: str, now_s: float) -> None:
+        self._answered.discard(request_id)
         known = self._open.pop(request_id, None)
         if known is not None:
             counts, arrived_s = known

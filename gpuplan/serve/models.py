@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from gpuplan.errors import InputError
 from gpuplan.hardware import mig
+from gpuplan.policy.cost import costs_of
 from gpuplan.scenario.demand import ModelSource
 from gpuplan.scenario.deployment import Deployment, Replica, shape_of, window_of
 from gpuplan.serve import model_files
@@ -45,7 +46,9 @@ def engine_for(
     if card is None or part is None:
         return _worker(replica, deployment, _spec(source, replica, deployment))
     if source.emulated and shape:
-        return EmulatedEngine(shape, card, part, processes=replica.processes)
+        return EmulatedEngine(
+            shape, card, part, processes=replica.processes, costs=costs_of(shape, deployment, replica)
+        )
     device = _device(replica, deployment, cards)
     if device is not None:
         spec = _spec(source, replica, deployment, provider=CUDA_PROVIDER, device=device)

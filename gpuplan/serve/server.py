@@ -86,17 +86,23 @@ class Ticket:
     def check(self) -> None:
         """Raises what the next output would, if it is there already."""
         if self._items and isinstance(self._items[0], Exception):
-            raise self._items[0]
+            self._take()
 
     async def next(self) -> Output | None:
         """The next output, None at the end. One reader at a time."""
         while not self._items:
             self._reader = asyncio.get_running_loop().create_future()
             await self._reader
+        return self._take()
+
+    def _take(self) -> Output | None:
         item = self._items.popleft()
-        if isinstance(item, Exception):
-            raise item
-        return item
+        try:
+            if isinstance(item, Exception):
+                raise item
+            return item
+        finally:
+            del item  # an exception knows the frames that it was raised in: were it known there, too, it would stay
 
     async def __aiter__(self) -> AsyncIterator[Output]:
         while (item := await self.next()) is not None:

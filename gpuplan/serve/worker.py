@@ -29,6 +29,7 @@ from gpuplan.record.run import Provenance
 from gpuplan.serve import model_files
 from gpuplan.serve.engines import EngineLost, OutOfMemory, Output, Prompt, Runner
 from gpuplan.serve.engines.session import CPU_PROVIDER, EngineSpec, first_line
+from gpuplan.serve.watchdog import Watchdog
 
 RUNNER = "gpuplan.serve.models:runner"
 """What builds the runner of a spec, as module:function."""
@@ -206,18 +207,19 @@ class WorkerProcess(_Worker):
 
     def _answer_to(self, message: Load | Run, timeout_s: float) -> asyncio.Future[Any]:
         """Sends the message now; the future raises EngineLost when no answer can come any more."""
-        loop = asyncio.get_running_loop()
         if self._line is None:
-            lost: asyncio.Future[Any] = loop.create_future()
+            lost: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
             lost.set_exception(EngineLost("the worker process is not running"))
             return lost
-        watchdog = loop.call_later(timeout_s, self._overdue, timeout_s)
         answer = self._line.ask(message)
+        watchdog = Watchdog(timeout_s, lambda: self._overdue(answer, timeout_s))
         answer.add_done_callback(lambda _: watchdog.cancel())
         return answer
 
-    def _overdue(self, timeout_s: float) -> None:
+    def _overdue(self, answer: asyncio.Future[Any], timeout_s: float) -> None:
         """A kernel that hangs cannot be interrupted: the process is killed, which ends the line and so the step."""
+        if answer.done():  # just now, and whoever waits for it has not had its turn
+            return
         self._why = f"a step did not end within {timeout_s:g} s"
         self._kill()
 

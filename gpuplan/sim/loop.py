@@ -102,7 +102,7 @@ class Simulation:
         self._observers, self._tally, self._sampler = list(observers), tally, sampler
         self._stations = {r.id: _Station(deployment, r, service_times, self.faults, seed) for r in every}
         self._links = random.Random(f"{seed}/uplink")  # noqa: S311 - not for secrets
-        self._uplink_s = service_times.uplink_s
+        self._uplink_s = service_times.uplinks_s(deployment)
         self._cold_start_s = deployment.autoscale.cold_start
         self._ends: list[tuple[float, int, StepDone | StepFailed]] = []  # a heap: steps that run, and when they end
         self._number = 0
@@ -163,7 +163,11 @@ class Simulation:
             heapq.heappush(self._leaving, (now_s + after_s, number))
             self._impatient.add(number)
         client_id = str(number) if self._observers else ""
-        self._feed(Arrive(number, model, prompt, output, client_id, traffic_class), now_s)
+        if requests.spans and (spans := requests.spans.get(number)):
+            arrival = Arrive(number, model, prompt, output, client_id, traffic_class, spans=spans)
+        else:
+            arrival = Arrive(number, model, prompt, output, client_id, traffic_class)
+        self._feed(arrival, now_s)
 
     # --- what seldom happens --------------------------------------------------------------------------------------
 

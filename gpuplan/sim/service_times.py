@@ -15,6 +15,7 @@ from typing import Literal
 
 from gpuplan.errors import RunError
 from gpuplan.hardware import mig, slices
+from gpuplan.hardware.engines import TIMES
 from gpuplan.hardware.roofline import StepCosts, StepLoad, band
 from gpuplan.policy.cost import step_costs
 from gpuplan.scenario.deployment import CPU, Deployment, Replica
@@ -88,6 +89,10 @@ class ServiceTimes:
             return "measured elsewhere"
         on_gpu = any(model == replica.model and name != CPU for model, name in self.fits)
         return "scaled" if on_gpu and replica.slice.profile else "roofline"
+
+    def uplinks_s(self, deployment: Deployment) -> tuple[float, ...]:
+        """`uplink_s` where it was measured; elsewhere what the deployment's engine takes for a request."""
+        return self.uplink_s if any(self.uplink_s) else (TIMES[deployment.engine.name].request_s,)
 
     def notes(self, deployment: Deployment) -> list[str]:
         """How far step times are to be trusted that were not measured on their slice."""

@@ -85,7 +85,9 @@ class Tally:
         first_token_s = self._first_token_s
         for prefill in step.prefills:
             if prefill.last:
-                first_token_s[prefill.request_id] = now_s
+                before_s = first_token_s[prefill.request_id]
+                if before_s != before_s:  # one that gave way is read again
+                    first_token_s[prefill.request_id] = now_s
         if began_s >= self._since_s:
             self._steps[replica_id].add(len(step.prefills) + len(step.decodes), steps, now_s - began_s)
 

@@ -80,12 +80,20 @@ class _Meter:
         self._step_id = 0
         self._started_s: float | None = None
         self._busy_s = 0.0
-        self.memory_bytes = roofline.memory_used_bytes(self._shape, 0) if self._shape else 0
+        self._ways, self._kept_bytes = replica.tensor_parallel, 0
+        part, engine = replica.slice.profile, deployment.engine
+        if part is not None and engine.block_size is not None and replica.role == "decoder":
+            self._kept_bytes = int(engine.memory_utilization * part.memory_bytes)  # taken when it starts
+        self.memory_bytes = self._used_bytes(0)
+
+    def _used_bytes(self, kv_tokens: int) -> int:
+        if self._kept_bytes or self._shape is None:
+            return self._kept_bytes
+        return roofline.memory_used_bytes(self._shape, kv_tokens, tensor_parallel=self._ways)
 
     def start(self, step: RunStep, now_s: float) -> None:
         self._step_id, self._started_s = step.step_id, now_s
-        if self._shape:
-            self.memory_bytes = roofline.memory_used_bytes(self._shape, step.load.kv_tokens)
+        self.memory_bytes = self._used_bytes(step.load.kv_tokens)
 
     def stop(self, now_s: float, step_id: int | None) -> None:
         """The step of that id is over, or (None) whatever runs; a late word of a lost step changes nothing."""

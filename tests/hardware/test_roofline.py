@@ -156,9 +156,9 @@ def test_weights_of_a_byte_halve_the_reading_and_not_the_cache() -> None:
 @pytest.mark.parametrize(
     ("card", "slice_name", "linear", "step"),
     [
-        ("a100-80gb", mig.WHOLE, (3, 4), (6, 8)),  # operators of that architecture were measured
+        ("a100-80gb", mig.WHOLE, (3, 4), (5, 7)),  # operators of that architecture were measured
         ("a100-80gb", "3g.40gb", (4, 6), (7, 9)),  # a slice adds its own error
-        ("l40s", mig.WHOLE, (5, 6), (8, 10)),  # nothing but its data sheet
+        ("l40s", mig.WHOLE, (5, 6), (7, 9)),  # nothing but its data sheet
     ],
 )
 def test_the_band_widens_with_what_was_not_measured(
@@ -211,7 +211,7 @@ KV_BYTES = {"vllm": 2, "trtllm": 1}  # vLLM's default beside fp8 weights, and Te
 
 
 def test_tokens_of_a_served_70b_model_take_what_real_engines_measured(data_file: Callable[[str], Path]) -> None:
-    """TPOT on H200 at 132 points of lengths, concurrency and tensor parallelism: 6.8 % off on average after one
+    """TPOT on H200 at 132 points of lengths, concurrency and tensor parallelism: 6.0 % off on average after one
     constant for each engine. A decode step at the mean context, and a share of the other sequences' prompts."""
     card = catalog.gpu("h200-141gb")
     ratios: dict[str, list[tuple[float, float]]] = {"vllm": [], "trtllm": []}
@@ -228,10 +228,10 @@ def test_tokens_of_a_served_70b_model_take_what_real_engines_measured(data_file:
             token_s = costs.step_s(StepLoad.of_decodes(running, context))
             token_s += (running - 1) / output * costs.step_s(StepLoad.of_prompt(prompt))
             ratios[engine].append((token_s - roofline.STEP_OVERHEAD_S, float(row["tpot_ms"]) / 1e3))
-    overheads = {"vllm": 1.55e-3, "trtllm": 0.1e-3}
+    overheads = {"vllm": 1.4e-3, "trtllm": 0.0}
     errors = [abs((told + overheads[e]) / seen - 1) for e, pairs in ratios.items() for told, seen in pairs]
     assert len(errors) == 132
-    assert fmean(errors) < 0.08
+    assert fmean(errors) < 0.07
 
 
 def layer_s(costs: StepCosts, tokens: int) -> float:

@@ -177,3 +177,14 @@ def test_special_tokens_are_part_of_the_prompt(tokens: int) -> None:
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 1)]
     )
     assert len(framed.encode(protocols.prompt_text(tokens, "1/1", framed)).ids) == tokens
+
+
+def test_prompts_begin_alike_where_their_spans_are_the_same() -> None:
+    spans = (("chat/0", 4), ("chat/0/1", 2))
+    one, other = (ScheduledRequest(i, 1.0, "chat", "llm", 8, 4, spans=spans) for i in (1, 2))
+    first, second = (protocols.prompt_of(request, 7).split() for request in (one, other))
+    assert len(first) == len(second) == 8
+    assert first[:6] == second[:6] and first != second
+    whole = ScheduledRequest(3, 1.0, "chat", "llm", 6, 4, spans=spans)
+    assert protocols.prompt_of(whole, 7).split() == first[:6], "nothing of its own"
+    assert protocols.prompt_of(REQUEST, 7) == protocols.prompt_text(6, "7/3"), "nothing in common"

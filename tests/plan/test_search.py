@@ -147,3 +147,15 @@ def test_a_plan_is_the_same_on_all_cores(run: Run, plan: dict[str, Any]) -> None
     for searched in (parallel["searched"], plan["searched"]):
         del searched["elapsed_s"], searched["simulations"]
     assert parallel == plan
+
+
+def test_a_model_on_several_cards_has_no_layout_to_search() -> None:
+    asked = scenario(
+        models={"chat": {"emulate": "llama-3-70b"}},
+        traffic=[{"name": "talk", "model": "chat", "arrivals": {"process": "poisson", "rate": 1},
+                  "prompt_tokens": 50, "output_tokens": 5}],
+        deployment={"gpu": "h100", "count": 2, "engine": {"kind": "vllm", "tensor_parallel_size": 2}},
+        duration=5.0,
+    )  # fmt: skip
+    with pytest.raises(RunError, match="a plan cuts single cards"):
+        make_plan(simulated(asked))

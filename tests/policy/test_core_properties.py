@@ -40,6 +40,7 @@ from gpuplan.scenario import deployment as supply
 from gpuplan.scenario import files
 from gpuplan.scenario.demand import AdmissionSpec, BreakerSpec, ClassSpec, RateLimit
 from gpuplan.scenario.deployment import Deployment
+from gpuplan.scenario.engine import BUILT_IN, Engine
 from gpuplan.scenario.schedule import build_schedule
 from gpuplan.sim.service_times import ServiceTimes
 from gpuplan.sim.simulator import simulate
@@ -56,7 +57,10 @@ CLASSES = {
 }
 
 
-def small() -> Deployment:
+IN_BLOCKS = Engine("vllm", block_size=4, prefix_caching=True, schedules_ahead=True)
+
+
+def small(engine: Engine = BUILT_IN) -> Deployment:
     """Two replicas each of a classifier and a decoder, all of it so small that every limit is met often."""
     return deployment(
         mood=2,
@@ -65,6 +69,7 @@ def small() -> Deployment:
         chats={"max_batch_size": 3, "max_queue_size": 3, "max_batch_tokens": 16, "step_time_target": 0.1},
         admission=AdmissionSpec(classes=CLASSES, per_key=RateLimit(requests_per_s=20, burst=1), ageing=0.5),
         breakers=BreakerSpec(consecutive_failures=3, window=8, slow_factor=3, open=0.5, open_max=2),
+        engine=engine,
     )
 
 
@@ -149,7 +154,8 @@ class Driver:
     def arrive(self, model: str, prompt: int, output: int) -> None:
         """Without a class, a key, or a knock."""
         self.asked += 1
-        self.feed(Arrive(self.asked, model, prompt, output if model == "chat" else 0))
+        spans = ((("a", "b")[self.asked % 2], min(prompt, 10)),)
+        self.feed(Arrive(self.asked, model, prompt, output if model == "chat" else 0, spans=spans))
 
     def knock(self, traffic_class: str) -> None:
         self.asked += 1
@@ -277,15 +283,20 @@ HAPPENINGS = st.one_of(
 
 
 @settings(max_examples=200, deadline=None)
-@given(up_at_first=st.sets(st.sampled_from(REPLICAS)), happenings=st.lists(HAPPENINGS, max_size=60))
+@given(
+    up_at_first=st.sets(st.sampled_from(REPLICAS)),
+    happenings=st.lists(HAPPENINGS, max_size=60),
+    engine=st.sampled_from((BUILT_IN, IN_BLOCKS)),
+)
 def test_every_admitted_request_ends_once_and_a_replay_decides_the_same(
-    up_at_first: set[str], happenings: list[tuple[Any, ...]]
+    up_at_first: set[str], happenings: list[tuple[Any, ...]], engine: Engine
 ) -> None:
-    assert_sound(up_at_first, happenings)
+    assert_sound(up_at_first, happenings, engine)
 
 
+@pytest.mark.parametrize("engine", [BUILT_IN, IN_BLOCKS], ids=lambda engine: engine.name)
 @pytest.mark.parametrize("seed", range(40))
-def test_the_same_on_long_walks(seed: int) -> None:
+def test_the_same_on_long_walks(seed: int, engine: Engine) -> None:
     """Long enough for rare states: a batch, a queue and a KV cache that are full while replicas come and go."""
     rng = random.Random(seed)
     kinds: list[Callable[[], tuple[Any, ...]]] = [
@@ -302,11 +313,11 @@ def test_the_same_on_long_walks(seed: int) -> None:
         lambda: ("swap", rng.choice(["mood", "chat"]), rng.random() < 0.5, rng.random() < 0.2),
     ]
     weights = [20, 14, 12, 40, 10, 8, 10, 3, 2, 1, 2]
-    assert_sound(set(REPLICAS), [kind() for kind in rng.choices(kinds, weights, k=400)])
+    assert_sound(set(REPLICAS), [kind() for kind in rng.choices(kinds, weights, k=400)], engine)
 
 
-def assert_sound(up_at_first: set[str], happenings: list[tuple[Any, ...]]) -> None:
-    driver = Driver(small())
+def assert_sound(up_at_first: set[str], happenings: list[tuple[Any, ...]], engine: Engine) -> None:
+    driver = Driver(small(engine))
     for replica_id in sorted(up_at_first):
         driver.feed(ReplicaUp(replica_id))
     for name, *arguments in happenings:
@@ -318,7 +329,7 @@ def assert_sound(up_at_first: set[str], happenings: list[tuple[Any, ...]]) -> No
     assert driver.core.at_the_door == 0
     assert not driver.leaving and not driver.coming, "every swap has come to its end"
     assert not driver.ended & driver.cancelled
-    assert_replays(small(), driver.log)
+    assert_replays(small(engine), driver.log)
 
 
 def assert_replays(deployment: Deployment, log: list[Decision]) -> None:

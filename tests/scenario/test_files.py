@@ -399,6 +399,13 @@ def test_the_examples_of_the_docs_are_sound(page: str, example: str, tmp_path: P
     assert deployment.resolve(files.load(written(tmp_path, models + example))).replicas
 
 
+@pytest.mark.parametrize(
+    "example", re.findall(r"```yaml\n(name:.*?)```", (REPOSITORY / "docs" / "scenario.md").read_text(), re.DOTALL)
+)
+def test_the_whole_files_in_the_docs_are_sound(example: str, tmp_path: Path) -> None:
+    assert deployment.resolve(files.load(written(tmp_path, example))).replicas
+
+
 def test_the_docs_have_examples_of_scaling_and_of_admission() -> None:
     for page in ("scenario.md", "serving.md"):
         for key in ("autoscale:", "admission:"):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 
 from gpuplan.errors import RunError
 from gpuplan.hardware.roofline import StepLoad
@@ -96,6 +97,34 @@ def test_a_process_that_dies_or_hangs_is_lost_and_loaded_again(text: str) -> Non
         await engine.close()
 
     in_time(scene)
+
+
+@pytest.mark.parametrize("worker_too", [False, True], ids=["the server", "the server and its worker"])
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def test_a_worker_is_not_lost_because_its_server_stood_still(worker_too: bool, loop: Any) -> None:
+    """`time.sleep` on the event loop's own thread is a server that stands still."""
+
+    async def scene() -> None:
+        engine = worker(step_timeout_s=0.5)
+        await engine.load()
+        assert engine.pid is not None
+        running = asyncio.ensure_future(engine.run(*step("slow"), asked_s=0.0))
+        await asyncio.sleep(0.05)
+        if worker_too:
+            os.kill(engine.pid, signal.SIGSTOP)
+        time.sleep(1.0)
+        if worker_too:
+            os.kill(engine.pid, signal.SIGCONT)
+        assert (await running)[0].text == f"one:{engine.pid}"
+        await asyncio.sleep(0.1)
+        assert (await engine.run(*step("a"), asked_s=0.0))[0].text == f"one:{engine.pid}", "and it lives on"
+        with pytest.raises(EngineLost):
+            await engine.run(*step("hang"), asked_s=0.0)
+        assert await engine.gone() == "a step did not end within 0.5 s", "one that hangs is found all the same"
+        await engine.close()
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(asyncio.wait_for(scene(), 20))  # type: ignore[arg-type]
 
 
 def test_a_model_that_does_not_load_says_so_and_leaves_no_process(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from gpuplan.errors import RunError
 from gpuplan.hardware import mig, slices
+from gpuplan.hardware.engines import TIMES
 from gpuplan.hardware.roofline import StepLoad
 from gpuplan.scenario import deployment, files
 from gpuplan.scenario.demand import Scenario
@@ -83,3 +84,12 @@ def test_a_file_whose_shape_is_known_has_to_be_measured_all_the_same() -> None:
     with pytest.raises(RunError, match="measure it first"):
         ServiceTimes({}).timer(here, here.replicas[0])
     assert ServiceTimes({("mood", "1g.10gb"): FIT}).timer(here, here.replicas[0])(LOAD) > 0
+
+
+def test_a_request_s_way_is_the_engine_s_unless_it_was_measured() -> None:
+    data = single_step(models={"mood": {"emulate": "bert-base"}})
+    built_in = deployment.resolve(files.build(data, Scenario))
+    vllm = deployment.resolve(files.build({**data, "deployment": {**data["deployment"], "engine": "vllm"}}, Scenario))
+    assert ServiceTimes({}).uplinks_s(built_in) == (0.0,)
+    assert ServiceTimes({}).uplinks_s(vllm) == (TIMES["vllm"].request_s,)
+    assert ServiceTimes({}, uplink_s=(0.001, 0.002)).uplinks_s(vllm) == (0.001, 0.002)

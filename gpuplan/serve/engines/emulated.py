@@ -37,11 +37,18 @@ class EmulatedEngine:
     provenance: Provenance = "emulated"
 
     def __init__(
-        self, shape: ModelShape, card: Gpu, part: Profile, answers: Engine | None = None, *, processes: int = 1
+        self,
+        shape: ModelShape,
+        card: Gpu,
+        part: Profile,
+        answers: Engine | None = None,
+        *,
+        processes: int = 1,
+        costs: StepCosts | None = None,
     ) -> None:
         self._shape, self._answers = shape, answers
         self._direction = array("f", [1.0, *[0.0] * (shape.hidden - 1)]).tobytes()
-        self._costs = StepCosts(shape, card, part, processes=processes)
+        self._costs = costs or StepCosts(shape, card, part, processes=processes)
         self._band = roofline.band(card, part)
         self._planned_end_s = 0.0
         self._ended_s = 0.0

@@ -168,11 +168,16 @@ class Exchange:
         self._timer.cancel()
         if self._watcher is not None:
             self._watcher.cancel()
-        if self._cut_with is None or self._task is None:
+            self._watcher = None  # its frames, which its cancellation keeps, know this exchange
+        cut, self._cut_with = self._cut_with, None
+        if cut is None or self._task is None:
             return
         # When somebody else cancels the task at the same time, theirs is the cancellation that counts.
         if self._task.uncancel() == 0 and kind is asyncio.CancelledError:
-            raise self._cut_with from None
+            try:
+                raise cut from None
+            finally:
+                del cut
 
     def _look(self) -> None:
         if self._read:
