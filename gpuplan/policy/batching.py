@@ -65,7 +65,10 @@ def iteration(
         first_tokens += last
     steps = 1
     if steps_max > 1 and not prefilling and group is None:
-        steps = min(steps_max, min([s.output_tokens - s.emitted for s in decoding]))
+        steps = steps_max
+        for s in decoding:
+            if s.output_tokens - s.emitted < steps:
+                steps = s.output_tokens - s.emitted
     return RunStep(
         replica.replica_id,
         step_id,

@@ -115,7 +115,7 @@ def expected(replica: ReplicaState, s: Sequence, *, now_s: float, ahead: Ahead |
 
 
 def _whole(seconds: float) -> float:
-    return int(seconds * PER_S + 0.5) / PER_S
+    return (seconds * PER_S + 0.5) // 1.0 / PER_S
 
 
 def free_after_s(replica: ReplicaState, now_s: float) -> float:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from gpuplan.record.counts import StepCounts
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -120,23 +122,6 @@ class RunMeta(msgspec.Struct, frozen=True, kw_only=True):
     failure: str | None = None
     notes: list[str] = []
     gpuplan_version: str = ""
-
-
-class StepCounts:
-    """A model's steps, where they were only counted: how many of each size, and their seconds together."""
-
-    __slots__ = ("busy_s", "by_size", "steps")
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.by_size: dict[int, int] = {}
-        self.busy_s = 0.0
-
-    def add(self, size: int, steps: int, seconds: float) -> None:
-        """So many steps of one size took so long together."""
-        self.steps += steps
-        self.by_size[size] = self.by_size.get(size, 0) + steps
-        self.busy_s += seconds
 
 
 @dataclass(frozen=True, slots=True)

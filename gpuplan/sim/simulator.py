@@ -119,17 +119,6 @@ def simulate(
     return Run(meta, *recorder.tables(), decisions=tuple(recorder.decisions))
 
 
-def _first_token_s(recorder: Recorder | None) -> Callable[[int], float]:
-    assert recorder is not None
-    served = recorder.served
-
-    def first_token_s(request_id: int) -> float:
-        first_s = served[request_id].first_token_s if request_id in served else None
-        return NAN if first_s is None else first_s
-
-    return first_token_s
-
-
 @contextmanager
 def _uncollected() -> Iterator[None]:
     """Without the search for cycles: there are none to be found, and it would look at every request again and again."""
@@ -140,6 +129,17 @@ def _uncollected() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
+
+
+def _first_token_s(recorder: Recorder | None) -> Callable[[int], float]:
+    assert recorder is not None
+    served = recorder.served
+
+    def first_token_s(request_id: int) -> float:
+        first_s = served[request_id].first_token_s if request_id in served else None
+        return NAN if first_s is None else first_s
+
+    return first_token_s
 
 
 class _Cards:

@@ -19,8 +19,9 @@ from gpuplan.policy.vocabulary import (
     StepDone,
     StepFailed,
 )
+from gpuplan.record.counts import StepCounts
 from gpuplan.record.recorder import Tables, frame
-from gpuplan.record.run import BATCH_COLUMNS, TELEMETRY_COLUMNS, StepCounts
+from gpuplan.record.run import BATCH_COLUMNS, TELEMETRY_COLUMNS
 from gpuplan.scenario.deployment import Deployment
 from gpuplan.scenario.schedule import Columns
 from gpuplan.sim.answers import status_of
@@ -84,10 +85,8 @@ class Tally:
         step, began_s = self._open.pop(replica_id)
         first_token_s = self._first_token_s
         for prefill in step.prefills:
-            if prefill.last:
-                before_s = first_token_s[prefill.request_id]
-                if before_s != before_s:  # one that gave way is read again
-                    first_token_s[prefill.request_id] = now_s
+            if prefill.last and first_token_s[prefill.request_id] != first_token_s[prefill.request_id]:  # none yet
+                first_token_s[prefill.request_id] = now_s
         if began_s >= self._since_s:
             self._steps[replica_id].add(len(step.prefills) + len(step.decodes), steps, now_s - began_s)
 
