@@ -297,7 +297,8 @@ def _spec_of(deployment: Deployment, own: DeploymentSpec) -> DeploymentSpec:
                 processes=first.processes,
                 worker=first.worker,
                 threads=first.threads,
-                kv_cache_tokens=first.kv_tokens_max,
+                # An engine with blocks of its own has them by its own rule.
+                kv_cache_tokens=first.kv_tokens_max if deployment.engine.block_size is None else None,
             )
         )
     layout = deployment.layouts[0]

@@ -18,7 +18,7 @@ from gpuplan.record import summary
 from gpuplan.record.summary import Summary
 from gpuplan.scenario.demand import DeploymentSpec, Scenario
 from gpuplan.scenario.deployment import resolve
-from gpuplan.scenario.schedule import Columns, Schedule, build_schedule
+from gpuplan.scenario.schedule import Columns, Schedule, Spans, build_schedule
 from gpuplan.sim.early_stop import BeyondDoubt, Stopped
 from gpuplan.sim.service_times import ServiceTimes
 from gpuplan.sim.simulator import simulate
@@ -78,6 +78,7 @@ class ScheduleBytes(msgspec.Struct, frozen=True):
     prompt_tokens: bytes
     output_tokens: bytes
     abandon_s: dict[int, float]
+    spans: dict[int, Spans]
     duration_s: float
     clipped: int
 
@@ -85,14 +86,21 @@ class ScheduleBytes(msgspec.Struct, frozen=True):
     def of(cls, schedule: Schedule) -> ScheduleBytes:
         columns = Columns.of(schedule.requests)
         arrays = {name: getattr(columns, name).tobytes() for name in _ARRAYS}
-        return cls(columns.kinds, **arrays, abandon_s=columns.abandon_s, duration_s=schedule.duration_s,
-                   clipped=schedule.clipped)  # fmt: skip
+        return cls(
+            columns.kinds,
+            **arrays,
+            abandon_s=columns.abandon_s,
+            spans=columns.spans,
+            duration_s=schedule.duration_s,
+            clipped=schedule.clipped,
+        )
 
     def schedule(self) -> Schedule:
         columns = Columns(self.kinds)
         for name in _ARRAYS:
             getattr(columns, name).frombytes(getattr(self, name))
         columns.abandon_s.update(self.abandon_s)
+        columns.spans.update(self.spans)
         return Schedule(columns, self.duration_s, self.clipped)
 
 

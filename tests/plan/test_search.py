@@ -9,9 +9,10 @@ import pytest
 
 from gpuplan.errors import RunError
 from gpuplan.plan.search import make_plan
+from gpuplan.plan.trials import _spec_of
 from gpuplan.record import store, summary
 from gpuplan.record.run import Run
-from gpuplan.scenario import deployment
+from gpuplan.scenario import deployment, files
 from gpuplan.scenario.demand import DeploymentSpec
 
 from .conftest import scenario, simulated
@@ -159,3 +160,22 @@ def test_a_plan_is_the_same_on_all_cores(run: Run, plan: dict[str, Any]) -> None
     for searched in (parallel["searched"], plan["searched"]):
         del searched["elapsed_s"], searched["simulations"]
     assert parallel == plan
+
+
+def test_what_is_simulated_for_a_plan_is_the_deployment_as_it_stands() -> None:
+    """With an engine that has its own KV cache, and with processes and caches that the file names."""
+    vllm = {"gpu": "h100-80gb", "engine": "vllm", "replicas": [{"model": "chat"}]}
+    rows = [
+        {"model": "chat", "slice": "3g.40gb", "kv_cache_tokens": 5000},
+        {"model": "mood", "slice": "1g.10gb", "count": 2, "processes": 3},
+        {"model": "mood", "slice": "2g.20gb"},
+    ]
+    mixed = {"gpu": "a100-80gb", "mig": ["3g.40gb", "2g.20gb", "1g.10gb", "1g.10gb"], "replicas": rows}
+    chat = [c for c in files.to_builtins(scenario())["traffic"] if c["name"] == "chat"]
+    for asked in (
+        scenario(models={"chat": {"emulate": "llama-3-8b"}}, traffic=chat, deployment=vllm),
+        scenario(deployment=mixed),
+    ):
+        built = deployment.build(asked.deployment, asked.models)
+        again = deployment.build(_spec_of(built, asked.deployment), asked.models)
+        assert again == built

@@ -16,7 +16,7 @@ from gpuplan.scenario import files
 from gpuplan.scenario.demand import BatchingSpec, Scenario
 from gpuplan.scenario.schedule import build_schedule
 from gpuplan.sim import many
-from gpuplan.sim.candidate import Candidate, Outcome, answer, crossed, encode, outcome, simulate_one
+from gpuplan.sim.candidate import Candidate, Outcome, ScheduleBytes, answer, crossed, encode, outcome, simulate_one
 from gpuplan.sim.many import simulate_many
 from gpuplan.sim.service_times import Fit, ServiceTimes
 from tests.conftest import REPOSITORY, single_step
@@ -114,3 +114,22 @@ def test_a_container_s_limit_is_kept_to(told: str | None, cpus: float, tmp_path:
         (tmp_path / "cpu.max").write_text(told + "\n")
     assert many._quota(tmp_path / "cpu.max") == cpus
     assert 1 <= many.cores() <= (os.cpu_count() or 1)
+
+
+def test_prompts_that_begin_alike_do_so_for_a_worker_too() -> None:
+    talk = {
+        **single_step()["traffic"][0],
+        "model": "chat",
+        "prompt_tokens": 400,
+        "output_tokens": 5,
+        "shared_prefix": {"tokens": 300, "groups": 2, "share": 0.5},
+        "slo": {},
+        "abandon": {"share": 0.2, "after": 5.0},
+    }
+    card = {"gpu": "a100-80gb", "engine": "vllm"}
+    asked = scenario(models={"chat": {"emulate": "phi-2"}}, traffic=[talk], deployment=card)
+    schedule = build_schedule(asked)
+    sent = ScheduleBytes.of(schedule).schedule()
+    assert list(sent.requests) == list(schedule.requests) and any(r.spans for r in sent.requests)
+    candidate = Candidate("one", asked, 0, schedule)
+    assert outcome("one", answer(encode(candidate, ServiceTimes({})))) == simulate_one(candidate, ServiceTimes({}))
