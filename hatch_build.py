@@ -26,7 +26,7 @@ COMPILED = [
         if path.name not in ("__init__.py", "vocabulary.py")  # compiled, its structs would not know their fields' types
     ),
     "gpuplan/record/counts.py",
-    *(f"gpuplan/sim/{name}.py" for name in ("clock", "faults", "loop", "service_times", "tally")),
+    *(f"gpuplan/sim/{name}.py" for name in ("clock", "faults", "loop", "tally")),
 ]
 NEEDS = ["mypy>=1.13", "setuptools"]
 
