@@ -1,4 +1,4 @@
-"""One request's story in words, for the console and as data. Takes a `record.story.Story`; computes nothing.
+"""One request's story in words, for the console and as data. Takes a `record.moments.Story`; computes nothing.
 
 A line for each moment, its time first; what took a while rather than happened has no time of its own.
 """
@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from gpuplan.record import story
+from gpuplan.record import moments
 from gpuplan.report import words
 
 OTHERS_SHOWN = 8
@@ -55,16 +55,16 @@ PARTS = {
 }
 
 
-def lines(told: story.Story) -> Iterator[str]:
+def lines(told: moments.Story) -> Iterator[str]:
     """The story for a terminal."""
     yield _safe(_head(told))
     for moment in told.moments:
-        timed = moment.at_s is not None and not isinstance(moment, story.Steps)
+        timed = moment.at_s is not None and not isinstance(moment, moments.Steps)
         time = f"{moment.at_s:8.3f} s" if timed else " " * 10
         yield _safe(f"{time}  {_text(moment)}")
 
 
-def as_data(told: story.Story) -> list[dict[str, Any]]:
+def as_data(told: moments.Story) -> list[dict[str, Any]]:
     """The story as data: what was asked, then each moment with its time, its kind, its words and its facts."""
     asked = {f.name: getattr(told, f.name) for f in dataclasses.fields(told) if f.name != "moments"}
     head = {"at_s": None, "kind": "request", "text": _head(told), **asked}
@@ -77,54 +77,54 @@ def as_data(told: story.Story) -> list[dict[str, Any]]:
     ]
 
 
-def _head(told: story.Story) -> str:
+def _head(told: moments.Story) -> str:
     asked = f"request {told.request_id} ({told.traffic_class}): {_count(told.prompt_tokens, 'prompt token')}"
     return asked + (f", {words.count(told.output_tokens)} to generate" if told.output_tokens else "")
 
 
-def _text(moment: story.Moment) -> str:
+def _text(moment: moments.Moment) -> str:
     match moment:
-        case story.Scheduled(sent_after_s=None):
+        case moments.Scheduled(sent_after_s=None):
             return "scheduled; never sent"
-        case story.Scheduled(sent_after_s=after_s):
+        case moments.Scheduled(sent_after_s=after_s):
             return f"scheduled; sent {_span(after_s)} later" if after_s else "scheduled and sent"
-        case story.Note(missing=missing):
+        case moments.Note(missing=missing):
             return MISSING[missing]
-        case story.Arrived():
+        case moments.Arrived():
             return "arrived"
-        case story.Waits():
+        case moments.Waits():
             return _waits(moment)
-        case story.Starts(step_id=None):
+        case moments.Starts(step_id=None):
             return f"first step on {moment.replica}"
-        case story.Starts():
+        case moments.Starts():
             prompt = f"{words.count(moment.tokens)} of {_count(moment.prompt_tokens, 'prompt token')}"
             return f"first step on {moment.replica} (#{moment.step_id}): {prompt}, {_batch(moment.batch_size)}"
-        case story.Steps():
+        case moments.Steps():
             return _steps(moment)
-        case story.StepFails():
+        case moments.StepFails():
             failed = f"step #{moment.step_id} on {moment.replica} failed after {_span(moment.took_s)} ({moment.reason})"
             if not moment.others:
                 return f"{failed}, and it was alone in it"
             return f"{failed}, with {_others(moment.others)}; all run again in halves"
-        case story.RunsAgain(others=()):
+        case moments.RunsAgain(others=()):
             return f"runs again alone (#{moment.step_id})"
-        case story.RunsAgain():
+        case moments.RunsAgain():
             return f"runs again with {_others(moment.others)} (#{moment.step_id})"
-        case story.ReplicaLost():
+        case moments.ReplicaLost():
             return _replica_lost(moment)
-        case story.LeftAlone():
+        case moments.LeftAlone():
             return f"{moment.replica} is left alone from here on: {moment.reason}"
-        case story.FirstToken(ttft_ms=None):
+        case moments.FirstToken(ttft_ms=None):
             return "first token at the server; its client tells of none"
-        case story.FirstToken():
+        case moments.FirstToken():
             return f"first token, TTFT {words.ms(moment.ttft_ms)} ms"
-        case story.Ended():
+        case moments.Ended():
             return _ended(moment)
-        case story.Answered():
+        case moments.Answered():
             return _answered(moment)
 
 
-def _waits(moment: story.Waits) -> str:
+def _waits(moment: moments.Waits) -> str:
     expected = f"expected after {_span(moment.expected_s)}"
     if moment.cause == "stolen":
         return f"{CAUSES['stolen'].format(new=moment.replica, old=moment.taken_from)}; {expected}"
@@ -136,7 +136,7 @@ def _waits(moment: story.Waits) -> str:
     return f"{moved}, {behind}; answer {expected}"
 
 
-def _steps(moment: story.Steps) -> str:
+def _steps(moment: moments.Steps) -> str:
     least, most = moment.batch_size_min, moment.batch_size_max
     median = words.general(moment.batch_size_median)
     sizes = f"in batches of {least} to {most} (median {median})" if least < most else _batch(most)
@@ -152,7 +152,7 @@ def _steps(moment: story.Steps) -> str:
     return text + (f"; {_count(moment.sat_out, 'step')} meanwhile without it" if moment.sat_out else "")
 
 
-def _replica_lost(moment: story.ReplicaLost) -> str:
+def _replica_lost(moment: moments.ReplicaLost) -> str:
     down = f"{moment.replica} went down" + (f" ({moment.reason})" if moment.reason else "")
     if moment.step_id is not None:
         down += f", and step #{moment.step_id} with it"
@@ -163,7 +163,7 @@ def _replica_lost(moment: story.ReplicaLost) -> str:
     return down + ("; it is started again" if moment.returns else "")
 
 
-def _ended(moment: story.Ended) -> str:
+def _ended(moment: moments.Ended) -> str:
     after = f"after {_span(moment.total_s)}"
     match moment.outcome:
         case "refused":
@@ -179,7 +179,7 @@ def _ended(moment: story.Ended) -> str:
     return f"{how}{': ' if moment.outcome == 'completed' else '; '}{parts}" if parts else how
 
 
-def _answered(moment: story.Answered) -> str:
+def _answered(moment: moments.Answered) -> str:
     status = "" if moment.http_status is None else f" HTTP {moment.http_status}"
     after = f" after {_span(moment.total_s)}" if moment.total_s is not None else ""
     tokens = f", {_count(moment.tokens, 'token')}" if moment.tokens else ""
