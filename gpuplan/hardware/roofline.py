@@ -1,9 +1,10 @@
 """What a step costs: an estimate in seconds and bytes from a model's shape and a slice's means.
 
 A step runs `prefill_tokens` new prompt tokens and one token for each of `decodes` sequences through every layer: four
-matrix multiplications (`matmul`), attention, and what is neither. A slice computes with its own SMs and reads with
-its own memory cells: on an H100 a 3g slice has 60 of 132 SMs but 4 of 8 cells, so 'slices / 7' would be wrong twice.
-With tensor parallelism every card does its share of each layer, and the cards add up their results twice a layer.
+matrix multiplications (`matmul`; those of a mixture's experts in groups), attention, and what is neither. A slice
+computes with its own SMs and reads with its own memory cells: on an H100 a 3g slice has 60 of 132 SMs but 4 of 8 cells,
+so 'slices / 7' would be wrong twice. With tensor parallelism every card does its share of each layer, and the cards add
+up their results twice a layer.
 
 Constants are per architecture, none per model. `band` says how far off measurements have been, and must stand beside
 every number that comes from here.
