@@ -122,6 +122,11 @@ def launch_ms(row: Row) -> float:
     return 1e3 * shape_of(row).layers * roofline.CONSTANTS[card.architecture].linear.launch_s
 
 
+# What a name says of training, dates and precision, and a model that is another one's shape with other weights.
+_VARIANT = r"-(hf|instruct|chat|base|it|thinking|fp8|dynamic|v\d+(\.\d+)*|\d{4})\b"
+_SAME_SHAPE = {"llama-3.3-70b": "llama-3.1-70b"}
+
+
 # --- a run as a scenario ------------------------------------------------------------------------------------------
 
 
@@ -130,11 +135,17 @@ def read(file: Path) -> list[Row]:
         return list(csv.DictReader(lines))
 
 
+def shape_name(model: str) -> str:
+    """The catalogue's name of a model by its name on Hugging Face: `meta-llama/Llama-3.1-70B-Instruct` is
+    `llama-3.1-70b`. What is not in the catalogue gets a name that is not in it either."""
+    name = re.sub(_VARIANT, "", model.split("/")[-1].lower()).removeprefix("meta-")
+    return _SAME_SHAPE.get(name, name)
+
+
 def shape_of(row: Row) -> shapes.ModelShape:
-    """The catalogue's shape of `meta-llama/Llama-3.1-70B-Instruct` is that of `llama-3.1-70b`, in the run's precision.
-    Raises InputError for a model that is not in it."""
-    name = re.sub(r"-(hf|instruct|chat|base|it|v\d.*|\d{4})\b", "", row["model"].split("/")[-1].lower())
-    return replace(shapes.shape(name), bytes_per_element=BYTES[row.get("precision") or "fp16"])
+    """The catalogue's shape of the run's model, in the run's precision. Raises InputError for a model that is not in
+    it."""
+    return replace(shapes.shape(shape_name(row["model"])), bytes_per_element=BYTES[row.get("precision") or "fp16"])
 
 
 def scenario_of(row: Row, rate: float, duration_s: float, seed: int) -> Scenario:

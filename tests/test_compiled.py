@@ -23,10 +23,10 @@ def test_a_compiled_copy_passes_the_tests_of_policy_and_simulation(tmp_path: Pat
     build = [sys.executable, str(REPOSITORY / "hatch_build.py"), str(tmp_path)]
     subprocess.run(build, check=True, capture_output=True, env={**os.environ, "MYPYC_OPT_LEVEL": "1"})
     assert list((tmp_path / "gpuplan" / "policy").glob("core.*.so"))
-    for name in ("tests", "scenarios", "docs"):
+    for name in ("tests", "benchmarks", "scenarios", "docs"):
         shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPOSITORY / "pyproject.toml", tmp_path)
-    asked = ["tests/policy", "tests/sim", "tests/hardware/test_roofline.py"]
+    asked = ["tests/policy", "tests/sim", "tests/hardware/test_roofline.py", "tests/hardware/test_experts.py"]
     not_there = "--ignore=tests/policy/test_bounded.py"  # it looks into objects, which a compiled one does not let it
     tests = [sys.executable, "-m", "pytest", not_there, *asked]
     itself = {**os.environ, "PYTHONPATH": str(tmp_path)}  # for the workers that some start

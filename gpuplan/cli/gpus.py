@@ -120,7 +120,8 @@ def _show_steps(card: Gpu, asked: _Asked, *, as_json: bool) -> None:
             value=asked.tensor_parallel,
             allowed=divisors,
         )
-    costs, band = StepCosts(shape, card, part, tensor_parallel=asked.tensor_parallel), roofline.band(card, part)
+    costs = StepCosts(shape, card, part, tensor_parallel=asked.tensor_parallel)
+    band = roofline.band(card, part, shape)
     rows = []
     for n in asked.tokens:
         load = StepLoad.of_prompt(n) if asked.context is None else StepLoad.of_decodes(n, asked.context)

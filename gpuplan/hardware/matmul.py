@@ -101,13 +101,19 @@ def seconds(
     means: Means,
     constants: Constants,
     structure: Structure = STRUCTURE,
+    matrices: Floats | float = 1.0,
 ) -> Floats:
-    """Seconds of multiplying (rows x inner) by (inner x columns), for arrays of any one shape."""
+    """Seconds of multiplying (rows x inner) by (inner x columns), for arrays of any one shape.
+
+    With more than one of `matrices`, each row meets one of so many and all are one kernel (a grouped product). Their
+    rows are many or few by chance, so a matrix has at least one tile of rows, and the last one is half full on average.
+    """
     import numpy as np
 
-    m, n, k = (np.asarray(size, dtype=float)[..., None] for size in (rows, columns, inner))
+    m, n, k, g = (np.asarray(size, dtype=float)[..., None] for size in (rows, columns, inner, matrices))
     tile_rows, tile_columns, splits = np.array(TILES, dtype=float).T
-    tiles = np.ceil(m / tile_rows) * np.ceil(n / tile_columns)
+    row_tiles = np.where(g == 1.0, np.ceil(m / tile_rows), np.maximum(g, m / tile_rows + g / 2))
+    tiles = row_tiles * np.ceil(n / tile_columns)
     may_split = (splits == 1) | (tiles <= means.sm_count)
     tiles = tiles * splits
     filled = tiles / means.sm_count
@@ -115,13 +121,13 @@ def seconds(
     waves = structure.wave_loss * whole_waves + (1 - structure.wave_loss) * np.maximum(filled, 1.0)
     efficiency = constants.compute_efficiency * (1 - constants.full_loss * filled / whole_waves)
     tile_s = 2 * tile_rows * tile_columns * k / splits * means.sm_count / (means.flops_per_s * efficiency)
-    l2_bytes = element_bytes * tiles * (np.minimum(tile_rows, m) + tile_columns) * k / splits
+    l2_bytes = element_bytes * tiles * (np.minimum(tile_rows, m / g) + tile_columns) * k / splits
     compute_s = np.maximum(
         waves * (tile_s + constants.tile_start_s), l2_bytes * constants.flops_per_l2_byte / means.l2_pace
     )
     heat = (compute_s / constants.hot_after_s) ** 2
     compute_s = compute_s * (1 + constants.hot_loss * heat / (1 + heat))
-    memory_s = element_bytes * (n * k + m * k + m * n) / (means.bytes_per_s * constants.memory_efficiency)
+    memory_s = element_bytes * (g * n * k + m * k + m * n) / (means.bytes_per_s * constants.memory_efficiency)
     unhidden_bytes = structure.unhidden_writes * 2 * m * n
     unhidden_bytes = unhidden_bytes + np.where(
         splits > 1, structure.split_writes * ACCUMULATOR_BYTES * splits * m * n, 0.0

@@ -1,9 +1,10 @@
 """What a step costs: an estimate in seconds and bytes from a model's shape and a slice's means.
 
 A step runs `prefill_tokens` new prompt tokens and one token for each of `decodes` sequences through every layer: four
-matrix multiplications (`matmul`), attention, and what is neither. A slice computes with its own SMs and reads with
-its own memory cells: on an H100 a 3g slice has 60 of 132 SMs but 4 of 8 cells, so 'slices / 7' would be wrong twice.
-With tensor parallelism every card does its share of each layer, and the cards add up their results twice a layer.
+matrix multiplications (`matmul`; those of a mixture's experts in groups), attention, and what is neither. A slice
+computes with its own SMs and reads with its own memory cells: on an H100 a 3g slice has 60 of 132 SMs but 4 of 8 cells,
+so 'slices / 7' would be wrong twice. With tensor parallelism every card does its share of each layer, and the cards add
+up their results twice a layer.
 
 Constants are per architecture, none per model. `band` says how far off measurements have been, and must stand beside
 every number that comes from here.
@@ -20,6 +21,7 @@ from msgspec import Struct
 
 from gpuplan.hardware import matmul, slices
 from gpuplan.hardware.catalog import Gpu
+from gpuplan.hardware.experts import Experts
 from gpuplan.hardware.matmul import Constants, Means
 from gpuplan.hardware.profiles import Profile
 from gpuplan.hardware.shapes import ModelShape
@@ -125,8 +127,15 @@ LEFT_OUT_PERCENT = {"ampere": 3.4, "hopper": 4.5}
 UNMEASURED_PERCENT = 5.2
 SERVED_PERCENT = 6.0
 SLICE_PERCENT = 3.8
+# What mixtures of experts add, by `benchmarks/fused_experts.py`: of kernels over all points, of served steps the mean
+# over two runs of one model.
+EXPERTS_PERCENT = 5.6
+EXPERTS_SERVED_PERCENT = 15.0
 BLOCK_TOKENS = 256
 """Linear operators are costed for this many row counts at once: one call of numpy instead of hundreds."""
+EXPERT_LAUNCHES = 3
+"""Kernels around a mixture's experts in each layer: choosing them (top k), sorting tokens by expert, adding up results.
+Counted in vLLM's `fused_moe`, not fitted. The router's product comes on top."""
 
 
 class StepCosts:
@@ -160,13 +169,17 @@ class StepCosts:
         self._means = Means(self._flops_per_s, l2_pace, self._bytes_per_s, part.sm_count)
         hidden, ways = model.hidden, tensor_parallel
         queries, keys = model.heads * model.head // ways, max(model.kv_heads // ways, 1) * model.head
-        ffn = model.ffn // ways
-        self._layer = (
-            (queries + 2 * keys, hidden),
-            (hidden, queries),
-            ((2 if model.gated_ffn else 1) * ffn, hidden),
-            (hidden, ffn),
-        )
+        ffn, shared_ffn, ups = model.ffn // ways, model.shared_ffn // ways, 2 if model.gated_ffn else 1
+        attention = ((queries + 2 * keys, hidden), (hidden, queries))
+        feed_forward = ((ups * ffn, hidden), (hidden, ffn))
+        self._layer: tuple[tuple[int, int], ...] = (*attention, *feed_forward)
+        self._experts: Experts | None = None
+        if model.is_mixture:
+            # The router is whole on every card; experts are split along their FFN like a dense one.
+            self._layer = (*attention, (model.experts, hidden))
+            if shared_ffn:
+                self._layer = (*self._layer, (ups * shared_ffn, hidden), (hidden, shared_ffn))
+            self._experts = Experts(model.experts, model.experts_per_token, feed_forward)
         self._head = ((model.vocabulary // ways, hidden),)
         self._queries, self._keys, self._layers = queries, keys, model.layers
         efficiency = self._architecture.linear.memory_efficiency
@@ -177,14 +190,24 @@ class StepCosts:
         self._by_tokens_s: dict[int, float] = {}
         self._by_samples_s: dict[int, float] = {}
         # Two norms and two additions of the residual stream, the rotation of queries and keys, and the activation.
-        self._elementwise_bytes_per_token = FP16_BYTES * (7 * hidden + 2 * (queries + keys) + 3 * ffn)
+        # A mixture's tokens have several activations each, and their results are added up.
+        self._elementwise_launches_s = self._architecture.elementwise_launch_s
+        activated, gathered = ffn, 0
+        if self._experts is not None:
+            self._elementwise_launches_s += EXPERT_LAUNCHES * self._architecture.linear.launch_s
+            activated, gathered = ffn * model.experts_per_token + shared_ffn, model.experts_per_token * hidden
+        self._elementwise_bytes_per_token = FP16_BYTES * (7 * hidden + 2 * (queries + keys) + 3 * activated + gathered)
 
     def cost(self, load: StepLoad) -> Cost:
         """All that is known of a step of at least one token."""
         tokens = load.tokens
         weights = sum(columns * inner for columns, inner in self._layer)
-        compute_s = 2 * weights * tokens / self._flops_per_s
-        memory_s = weights * self._model.bytes_per_element / self._bytes_per_s
+        active = read = float(weights)
+        if self._experts is not None:
+            active += self._experts.per_token * self._experts.weights
+            read += self._experts.touched(tokens) * self._experts.weights
+        compute_s = 2 * active * tokens / self._flops_per_s
+        memory_s = read * self._model.bytes_per_element / self._bytes_per_s
         return Cost(
             self.linear_layer_s(tokens),
             self.attention_layer_s(load),
@@ -228,8 +251,18 @@ class StepCosts:
         return layers_s + self._head_s(load.samples) + self._overhead_s
 
     def linear_layer_s(self, tokens: int) -> float:
-        """Seconds of one layer's four linear operators: QKV, attention output, and the FFN's up and down."""
-        return self._linear_s(self._layer, tokens)
+        """Seconds of one layer's linear operators: QKV, attention output, and the FFN's up and down. Of a mixture: its
+        router too, and up and down of all experts that the tokens meet."""
+        seconds = self._linear_s(self._layer, tokens)
+        return seconds if self._experts is None else seconds + self.experts_layer_s(tokens)
+
+    def experts_layer_s(self, tokens: int) -> float:
+        """Seconds of one layer's experts: up and down, each a single kernel over all that the tokens meet. 0: dense."""
+        if self._experts is None:
+            return 0.0
+        block, at = divmod(tokens - 1, BLOCK_TOKENS)
+        element_bytes, constants = self._model.bytes_per_element, self._architecture.linear
+        return _experts_block(self._experts, block, element_bytes, self._means, constants)[at]
 
     def attention_layer_s(self, load: StepLoad) -> float:
         """Seconds of one layer's attention: multiplications for the prompts, the KV cache's bytes for the decodes."""
@@ -239,7 +272,7 @@ class StepCosts:
         """Seconds of what is neither in one layer: norms, additions, rotations, the activation."""
         k, p = self._architecture, matmul.STRUCTURE.sharpness
         bytes_s = k.elementwise_passes * tokens * self._elementwise_bytes_per_token / self._bytes_per_s
-        return float((k.elementwise_launch_s**p + bytes_s**p) ** (1 / p))
+        return float((self._elementwise_launches_s**p + bytes_s**p) ** (1 / p))
 
     def _head_s(self, samples: int) -> float:
         seconds = self._by_samples_s.get(samples)
@@ -262,6 +295,25 @@ class StepCosts:
 
 
 @lru_cache(maxsize=8192)
+def _experts_block(
+    experts: Experts, block: int, element_bytes: float, means: Means, constants: Constants
+) -> tuple[float, ...]:
+    """Seconds of the experts' operators, each one grouped product, for the token counts of one block."""
+    import numpy as np
+
+    tokens = np.arange(block * BLOCK_TOKENS + 1, (block + 1) * BLOCK_TOKENS + 1)[:, None]
+    columns, inner = np.array(experts.operators).T
+    each_s = matmul.seconds(
+        *np.broadcast_arrays(tokens * experts.per_token, columns, inner),
+        element_bytes=element_bytes,
+        means=means,
+        constants=constants,
+        matrices=experts.touched(tokens),
+    )
+    return tuple(each_s.sum(axis=-1).tolist())
+
+
+@lru_cache(maxsize=8192)
 def _linear_block(
     operators: tuple[tuple[int, int], ...], block: int, element_bytes: float, means: Means, constants: Constants
 ) -> tuple[float, ...]:
@@ -276,13 +328,17 @@ def _linear_block(
     return tuple(each_s.sum(axis=-1).tolist())
 
 
-def band(card: Gpu, part: Profile) -> Band:
-    """How far estimates for this card and slice are to be trusted."""
+def band(card: Gpu, part: Profile, model: ModelShape | None = None) -> Band:
+    """How far estimates for this card, slice and model (None: a dense one) are to be trusted."""
     measured = LEFT_OUT_PERCENT.get(card.architecture)
     sliced = SLICE_PERCENT if part.width < part.cells else 0.0
-    linear = hypot(measured or UNMEASURED_PERCENT, sliced)
+    mixture = model is not None and model.is_mixture
+    linear = hypot(measured or UNMEASURED_PERCENT, sliced, EXPERTS_PERCENT if mixture else 0.0)
     step = hypot(SERVED_PERCENT, sliced, 0.0 if measured else UNMEASURED_PERCENT)
     basis = f"measurements of {card.architecture} cards" if measured else "the data sheet alone"
+    if mixture:
+        step = hypot(step, EXPERTS_SERVED_PERCENT)
+        basis += ", for mixtures of experts from their kernels and one served model"
     return Band(round(linear, 1), round(step, 1), basis)
 
 

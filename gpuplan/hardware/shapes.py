@@ -15,7 +15,11 @@ from gpuplan.errors import InputError, unknown_name
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """A transformer. Sizes are counts of elements; each weight takes `bytes_per_element`."""
+    """A transformer. Sizes are counts of elements; each weight takes `bytes_per_element`.
+
+    With `experts` in every layer, `ffn` is the size of one of them, a router sends each token through
+    `experts_per_token`, and all tokens go through one more FFN of size `shared_ffn` where there is one.
+    """
 
     name: str
     role: Literal["decoder", "classifier", "embedder"]
@@ -34,6 +38,15 @@ class ModelShape:
     """Whether a decoder's output head is its embedding and takes no memory of its own."""
     kv_bytes_per_element: float = 2
     """Of the KV cache, which servers keep in fp16 beside quantised weights unless told otherwise."""
+    experts: int = 0
+    """0: dense, which one expert is too."""
+    experts_per_token: int = 0
+    shared_ffn: int = 0
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether tokens choose among experts."""
+        return self.experts > 1
 
     @property
     def head(self) -> int:
@@ -42,9 +55,20 @@ class ModelShape:
 
     @property
     def layer_parameters(self) -> int:
-        """Weights of one layer's linear operators: QKV, attention output, FFN."""
+        """Weights of one layer's linear operators: QKV, attention output, FFN; of a mixture, router and all experts."""
+        return self._layer_parameters(self.experts)
+
+    @property
+    def active_layer_parameters(self) -> int:
+        """Those of them that one token meets."""
+        return self._layer_parameters(self.experts_per_token)
+
+    def _layer_parameters(self, experts: int) -> int:
         attention = self.hidden * self.head * (2 * self.heads + 2 * self.kv_heads)
-        return attention + self.hidden * self.ffn * (3 if self.gated_ffn else 2)
+        ffn = self.hidden * (3 if self.gated_ffn else 2)
+        if not self.is_mixture:
+            return attention + ffn * self.ffn
+        return attention + self.hidden * self.experts + ffn * (experts * self.ffn + self.shared_ffn)
 
     @property
     def weights_bytes(self) -> int:
@@ -77,6 +101,28 @@ SHAPES: dict[str, ModelShape] = {
         ModelShape("qwen2.5-7b", "decoder", 28, 3584, 28, 4, 18944, True, 152064, 32768),
         ModelShape("qwen2.5-72b", "decoder", 80, 8192, 64, 8, 29568, True, 152064, 32768),
         ModelShape("qwen3-14b", "decoder", 40, 5120, 40, 8, 17408, True, 151936, 40960),
+        ModelShape(
+            "mixtral-8x7b", "decoder", 32, 4096, 32, 8, 14336, True, 32000, 32768, experts=8, experts_per_token=2
+        ),
+        ModelShape(
+            "mixtral-8x22b", "decoder", 56, 6144, 48, 8, 16384, True, 32768, 65536, experts=8, experts_per_token=2
+        ),
+        ModelShape(
+            "qwen3-30b-a3b",
+            "decoder",
+            48,
+            2048,
+            32,
+            4,
+            768,
+            True,
+            151936,
+            40960,
+            2,
+            128,
+            experts=128,
+            experts_per_token=8,
+        ),
         ModelShape("internlm-20b", "decoder", 60, 5120, 40, 40, 13824, True, 103168, 4096),
         ModelShape("phi-2", "decoder", 32, 2560, 32, 32, 10240, False, 51200, 2048),
         ModelShape("bert-base", "classifier", 12, 768, 12, 12, 3072, False, 30522, 512),
@@ -116,16 +162,22 @@ _CLASSIFIER_FAMILIES = {"bert", "distilbert", "roberta", "xlm-roberta", "camembe
 # What a family's configurations may leave unsaid: the output head is tied, the FFN gated though with a GELU.
 _TIED_FAMILIES = {"gpt2", "gemma", "gemma2"}
 _GATED_FAMILIES = {"gemma", "gemma2"}
+# Mixtures of experts. Qwen's and DeepSeek's keep the size of a dense layer in `intermediate_size`.
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "experts_per_token")
+_EXPERT_FFN = ("moe_intermediate_size",)
+_SHARED_FFN = ("shared_expert_intermediate_size", "shared_intermediate_size")
+_SHARED_EXPERTS = ("n_shared_experts", "num_shared_experts")
 
 
 def from_config(config: Mapping[str, Any], *, key: str = "config.json") -> ModelShape:
     """The shape in a Hugging Face `config.json`, with 16-bit weights whatever the file's own type.
 
-    Raises InputError for a key that is missing or no number, and for mixtures of experts, which have no such shape.
+    Raises InputError for a key that is missing or no number, for latent attention (DeepSeek's MLA), whose KV cache has
+    no heads, and for mixtures with dense layers among the others.
     """
-    if expert := next((name for name in _EXPERTS if config.get(name)), None):
-        raise InputError(f"a mixture of experts ({expert}) is not supported", key=key, allowed="a dense model")
+    if config.get("kv_lora_rank"):
+        raise InputError("latent attention (kv_lora_rank) is not supported", key=key, allowed="attention with KV heads")
     family = str(config.get("model_type", ""))
     names = " ".join(map(str, config.get("architectures") or ()))
     answers_once = family in _CLASSIFIER_FAMILIES if not names else "CausalLM" not in names and "LMHead" not in names
@@ -136,6 +188,9 @@ def from_config(config: Mapping[str, Any], *, key: str = "config.json") -> Model
     ffn_unsaid = 4 * hidden if "n_inner" in config else None
     activation = str(config.get("hidden_act", config.get("activation_function", "")))
     head_size = _number(config, ("head_dim",), key, default=hidden // heads)
+    ffn, mixture = _NAMES["ffn"], _mixture(config, key)
+    if mixture:
+        ffn = (*_EXPERT_FFN, *ffn)
     return ModelShape(
         name=str(config.get("_name_or_path") or family or "own").rstrip("/").split("/")[-1],
         role="classifier" if answers_once else "decoder",
@@ -143,13 +198,33 @@ def from_config(config: Mapping[str, Any], *, key: str = "config.json") -> Model
         hidden=hidden,
         heads=heads,
         kv_heads=kv_heads,
-        ffn=_number(config, _NAMES["ffn"], key, default=ffn_unsaid),
+        ffn=_number(config, ffn, key, default=ffn_unsaid),
         gated_ffn=family in _GATED_FAMILIES or activation in ("silu", "swish"),
         vocabulary=found["vocabulary"],
         context_tokens_max=found["context_tokens_max"],
         head_size=None if head_size * heads == hidden else head_size,
         tied_embeddings=bool(config.get("tie_word_embeddings", family in _TIED_FAMILIES)),
+        **mixture,
     )
+
+
+def _mixture(config: Mapping[str, Any], key: str) -> dict[str, int]:
+    """The fields that a mixture has over a dense model; none for a dense one."""
+    if not any(config.get(name) for name in _EXPERTS):
+        return {}
+    dense = config.get("mlp_only_layers") or config.get("first_k_dense_replace")
+    if dense or any((config.get(name) or 1) != 1 for name in ("decoder_sparse_step", "moe_layer_freq")):
+        raise InputError(
+            "a mixture with dense layers among the others is not supported", key=key, allowed="experts in every layer"
+        )
+    experts = _number(config, _EXPERTS, key)
+    shared_ffn = _number(config, _SHARED_FFN, key, default=0)
+    if not shared_ffn and (shared := _number(config, _SHARED_EXPERTS, key, default=0)):
+        shared_ffn = shared * _number(config, _EXPERT_FFN, key)
+    per_token = _number(config, _EXPERTS_PER_TOKEN, key)
+    if per_token > experts:
+        raise InputError(f"{per_token} experts a token are more than there are", key=key, allowed=f"1 to {experts}")
+    return {"experts": experts, "experts_per_token": per_token, "shared_ffn": shared_ffn}
 
 
 def _number(config: Mapping[str, Any], names: tuple[str, ...], key: str, *, default: int | None = None) -> int:

@@ -175,7 +175,8 @@ def _service_times(trials: Trials, deployment: Deployment) -> list[dict[str, Any
 def _band(deployment: Deployment, replica: supply.Replica) -> float | None:
     if deployment.gpu is None or replica.slice.profile is None:
         return None
-    return roofline.band(deployment.gpu, replica.slice.profile).step_percent / 100
+    model = supply.shape_of(deployment.models[replica.model])
+    return roofline.band(deployment.gpu, replica.slice.profile, model).step_percent / 100
 
 
 def _is_final(tried: LayoutTried, final: Trial) -> bool:

@@ -145,6 +145,9 @@ class ShapeSpec(Section, frozen=True):
     tied_embeddings: bool = False
     bytes_per_element: Annotated[float, Meta(ge=0.5, le=4.0)] = 2
     kv_bytes_per_element: Annotated[float, Meta(ge=0.5, le=4.0)] = 2
+    experts: Annotated[int, Meta(ge=0)] = 0
+    experts_per_token: Annotated[int, Meta(ge=0)] = 0
+    shared_ffn: Annotated[int, Meta(ge=0)] = 0
     name: Annotated[str, Meta(min_length=1, max_length=128)] = "own"
 
 

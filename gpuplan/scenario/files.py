@@ -227,6 +227,13 @@ def _check_shape(shape: demand.ShapeSpec, key: str) -> None:
         raise InputError(
             "must divide heads", key=f"{key}.kv_heads", value=shape.kv_heads, allowed=f"a divisor of {shape.heads}"
         )
+    if not min(shape.experts, 1) <= shape.experts_per_token <= shape.experts:
+        raise InputError(
+            "does not fit the experts",
+            key=f"{key}.experts_per_token",
+            value=shape.experts_per_token,
+            allowed=f"1 to {shape.experts}" if shape.experts else "0 without experts",
+        )
 
 
 def _check_lengths(lengths: demand.Lengths, key: str) -> None:

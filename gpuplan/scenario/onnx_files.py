@@ -118,8 +118,8 @@ def weights_bytes(model: Path) -> int:
 
 
 def _shape(config: Mapping[str, Any], task: Task, file_bytes: int, key: str) -> ShapeSpec | None:
-    """The transformer that a configuration describes, its weights as large as the files; None where it is not a dense
-    transformer's. Bytes an element are kept within what a shape may have: a graph may hold a tied table twice."""
+    """The transformer that a configuration describes, its weights as large as the files; None where it is none
+    that can be read. Bytes an element are kept within what a shape may have: a graph may hold a tied table twice."""
     try:
         found = dataclasses.replace(shapes.from_config(config, key=key), role=ROLES[task])
     except InputError:

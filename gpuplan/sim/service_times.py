@@ -18,7 +18,7 @@ from gpuplan.hardware import mig, slices
 from gpuplan.hardware.engines import TIMES
 from gpuplan.hardware.roofline import StepCosts, StepLoad, band
 from gpuplan.policy.cost import step_costs
-from gpuplan.scenario.deployment import CPU, Deployment, Replica
+from gpuplan.scenario.deployment import CPU, Deployment, Replica, shape_of
 
 Basis = Literal["fitted", "measured elsewhere", "scaled", "roofline"]
 WHOLE_SLICES = 0
@@ -104,7 +104,8 @@ class ServiceTimes:
                 found[replica.model] = f"{replica.model}: step times of a table that was measured elsewhere"
             elif card is not None and part is not None and basis != "fitted":
                 about = f"{replica.model} on {part.name}"
-                found[about] = f"{about}: emulated steps: {band(card, part).of_steps}"
+                model = shape_of(deployment.models[replica.model])
+                found[about] = f"{about}: emulated steps: {band(card, part, model).of_steps}"
         return list(found.values())
 
     def timer(self, deployment: Deployment, replica: Replica) -> Timer:

@@ -62,6 +62,63 @@ INTERNLM_20B = {
     "num_hidden_layers": 60,
     "vocab_size": 103168,  # and no num_key_value_heads: as many as heads
 }
+MIXTRAL = {
+    **LLAMA_3,
+    "architectures": ["MixtralForCausalLM"],
+    "max_position_embeddings": 32768,
+    "model_type": "mixtral",
+    "num_experts_per_tok": 2,
+    "num_local_experts": 8,
+    "vocab_size": 32000,
+}
+QWEN3_30B_A3B = {
+    **LLAMA_3,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "decoder_sparse_step": 1,
+    "head_dim": 128,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "vocab_size": 151936,
+}
+QWEN2_57B_A14B = {
+    **QWEN3_30B_A3B,
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "head_dim": None,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 32768,
+    "model_type": "qwen2_moe",
+    "moe_intermediate_size": 2560,
+    "num_attention_heads": 28,
+    "num_experts": 64,
+    "num_hidden_layers": 28,
+    "shared_expert_intermediate_size": 20480,
+}
+GPT_OSS_20B = {
+    **LLAMA_3,
+    "architectures": ["GptOssForCausalLM"],
+    "experts_per_token": 4,
+    "head_dim": 64,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "max_position_embeddings": 131072,
+    "model_type": "gpt_oss",
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 8,
+    "num_local_experts": 32,
+    "vocab_size": 201088,
+}
 BERT = {
     "architectures": ["BertForMaskedLM"],
     "hidden_act": "gelu",
@@ -82,6 +139,8 @@ BERT = {
         (QWEN_72B, "qwen2.5-72b"),
         (PHI_2, "phi-2"),
         (INTERNLM_20B, "internlm-20b"),
+        (MIXTRAL, "mixtral-8x7b"),
+        (QWEN3_30B_A3B, "qwen3-30b-a3b"),
         ({**BERT, "tie_word_embeddings": True}, "bert-base"),
         ({**LLAMA_3, "intermediate_size": 14336, "vocab_size": 32000, "max_position_embeddings": 32768,
           "model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "mistral-7b"),
@@ -121,13 +180,38 @@ def test_what_a_config_leaves_unsaid_is_its_family_s_default() -> None:
 
 
 @pytest.mark.parametrize(
+    ("config", "experts", "per_token", "billions"),
+    [(QWEN2_57B_A14B, 64, 8, 57.4), (GPT_OSS_20B, 32, 4, 20.9)],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_a_mixture_s_config_gives_all_its_weights(
+    config: dict[str, Any], experts: int, per_token: int, billions: float
+) -> None:
+    read = from_config(config)
+    assert (read.experts, read.experts_per_token) == (experts, per_token)
+    assert read.shared_ffn == config.get("shared_expert_intermediate_size", 0)
+    assert read.weights_bytes / 2e9 == pytest.approx(billions, rel=0.005)
+
+
+def test_shared_experts_are_one_ffn() -> None:
+    shared = {"n_routed_experts": 64, "n_shared_experts": 2, "moe_intermediate_size": 1408, "num_experts_per_tok": 6}
+    read = from_config({**LLAMA_3, **shared, "first_k_dense_replace": 0})
+    assert (read.experts, read.ffn, read.shared_ffn) == (64, 1408, 2816)
+
+
+@pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"intermediate_size": None}, "intermediate_size is missing"),
         ({"num_hidden_layers": "many"}, "num_hidden_layers is no count (got 'many')"),
         ({"vocab_size": True}, "vocab_size is no count"),
-        ({"num_local_experts": 8}, "a mixture of experts (num_local_experts) is not supported"),
+        ({"num_local_experts": 8}, "num_experts_per_tok is missing"),
+        ({"num_experts": 8, "num_experts_per_tok": 9}, "9 experts a token are more than there are"),
+        ({"n_routed_experts": 64, "num_experts_per_tok": 6, "first_k_dense_replace": 1}, "a mixture with dense layers"),
+        ({"num_experts": 64, "num_experts_per_tok": 6, "decoder_sparse_step": 2}, "a mixture with dense layers"),
+        ({"num_experts": 64, "num_experts_per_tok": 6, "mlp_only_layers": [0]}, "a mixture with dense layers"),
+        ({"n_routed_experts": 256, "kv_lora_rank": 512}, "latent attention (kv_lora_rank) is not supported"),
     ],
 )
 def test_a_config_that_says_too_little_names_the_key(changes: dict[str, Any], said: str) -> None:

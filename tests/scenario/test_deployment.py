@@ -129,6 +129,8 @@ def test_a_config_json_is_read_once_and_kept_as_the_shape(tmp_path: Path, where:
         ({**OWN, "context_tokens_max": 1, "depth": 2}, "models.mood.shape.depth: unknown key"),
         ({**OWN, "context_tokens_max": 1, "heads": 30}, "models.mood.shape.heads: must divide hidden (got 30)"),
         ({**OWN, "context_tokens_max": 1, "kv_heads": 5}, "models.mood.shape.kv_heads: must divide heads (got 5)"),
+        ({**OWN, "context_tokens_max": 1, "experts": 8}, "models.mood.shape.experts_per_token: does not fit the experts"),
+        ({**OWN, "context_tokens_max": 1, "experts_per_token": 2}, "(got 2); allowed: 0 without experts"),
         ({**OWN, "context_tokens_max": 1, "role": "chat"}, "models.mood.shape.role: invalid value"),
         ("nowhere.json", "models.mood.shape: cannot read: No such file"),
         ("9" * 400, "models.mood.shape: cannot read: File name too long"),

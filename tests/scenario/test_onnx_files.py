@@ -161,8 +161,8 @@ def test_an_onnx_file_with_a_shape_is_still_not_emulated(tmp_path: Path) -> None
     assert not source.emulated
 
 
-def test_a_mixture_of_experts_is_served_without_a_shape(tmp_path: Path) -> None:
-    source = loaded(tmp_path, config=LLAMA_3 | {"num_local_experts": 8}, output=5).models["m"]
+def test_latent_attention_is_served_without_a_shape(tmp_path: Path) -> None:
+    source = loaded(tmp_path, config=LLAMA_3 | {"kv_lora_rank": 512}, output=5).models["m"]
     assert (source.task, source.onnx_shape, source.context_tokens_max) == ("generate", None, 8192)
 
 

@@ -260,6 +260,13 @@ def test_emulated_steps_say_how_far_off_they_may_be() -> None:
     assert run(scenario, fixed()).meta.notes == [], "fitted times have an error of their own"
 
 
+def test_steps_of_a_mixture_are_said_to_be_further_off() -> None:
+    window = {"layers": 1, "hidden": 768, "heads": 12, "ffn": 768, "vocabulary": 30522, "context_tokens_max": 4096}
+    shape = {"shape": {**window, "role": "classifier", "experts": 8, "experts_per_token": 2}}
+    (note,) = run(files.build(single_step(models={"mood": shape}), Scenario)).meta.notes
+    assert "for mixtures of experts from their kernels" in note and "off by 16.2 %" in note
+
+
 def test_processes_share_a_slice_and_its_memory() -> None:
     card = {"gpu": "a100-80gb", "mig": ["3g.40gb"]}
     alone, shared = (

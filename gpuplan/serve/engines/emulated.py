@@ -49,7 +49,7 @@ class EmulatedEngine:
         self._shape, self._answers = shape, answers
         self._direction = array("f", [1.0, *[0.0] * (shape.hidden - 1)]).tobytes()
         self._costs = costs or StepCosts(shape, card, part, processes=processes)
-        self._band = roofline.band(card, part)
+        self._band = roofline.band(card, part, shape)
         self._planned_end_s = 0.0
         self._ended_s = 0.0
         self._steps = 0
