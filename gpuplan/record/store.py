@@ -61,14 +61,14 @@ def write(run: Run, folder: Path) -> None:
     for name in DERIVED:
         (folder / name).unlink(missing_ok=True)
     write_json(folder / "run.json", msgspec.to_builtins(run.meta))
+    log = folder / "decisions.jsonl"
+    if run.steps is not None:  # it kept no rows; those of another run are not its own
+        for path in (*(folder / f"{name}.parquet" for name in TABLES), log):
+            path.unlink(missing_ok=True)
+        return
     for name, columns in TABLES.items():
-        if run.steps is None:
-            write_table(getattr(run, name), columns, folder / f"{name}.parquet")
-        else:  # it kept no rows; those of another run are not its own
-            (folder / f"{name}.parquet").unlink(missing_ok=True)
-    _replace(
-        folder / "decisions.jsonl", lambda path: path.write_bytes(b"".join(line + b"\n" for line in run.decisions))
-    )
+        write_table(getattr(run, name), columns, folder / f"{name}.parquet")
+    _replace(log, lambda path: path.write_bytes(b"".join(line + b"\n" for line in run.decisions)))
 
 
 def read(folder: Path) -> Run:
