@@ -5,11 +5,13 @@ Takes `plan.json` as plain data; older plans lack `models`, so a role may be unk
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from gpuplan.errors import InputError
 from gpuplan.hardware.mig import WHOLE
+from gpuplan.hardware.profiles import parsed
 
 Plan = dict[str, Any]
 CPU = "cpu"
@@ -44,6 +46,8 @@ def layouts(plan: Plan) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = plan["mig"]["layouts"]
     if not sum(layout["count"] for layout in found):
         raise lacks(plan, "GPU to cut")
+    for layout in found:
+        _known([*layout["profiles"], *(part["profile"] for part in layout["placements"])])
     return found
 
 
@@ -52,6 +56,7 @@ def servers(plan: Plan) -> list[Server]:
     rows = plan["replicas"]
     if not rows:
         raise lacks(plan, "replicas")
+    _known(row["slice"] for row in rows)
     shared = {(row["model"], row["slice"]): int(row["processes"]) for row in rows}
     found = []
     first = 0
@@ -68,6 +73,13 @@ def servers(plan: Plan) -> list[Server]:
             names = (f"{row['model']}-{i}" for i in range(int(row["count"])))
             found += [Server(row["model"], name, row["slice"], None, 0, int(row["processes"])) for name in names]
     return found
+
+
+def _known(slices: Iterable[str]) -> None:
+    """Raises InputError for what is no slice: it would go into commands."""
+    for name in slices:
+        if name not in (WHOLE, CPU) and parsed(name) is None:
+            raise InputError("no name of a MIG profile", key="PLAN", value=name, allowed="e.g. 3g.40gb")
 
 
 def models(plan: Plan) -> list[str]:

@@ -39,7 +39,10 @@ def write(plan: Plan) -> str:
         told = f"its Hugging Face name or folder; the plan's stand-in is {names.shown(reading.source(plan, model), 60)}"
         lines += [f"# {names.shown(model, 80)}: {told}", _needed(weights(model), "Hugging Face name or folder")]
     for server in mine:
-        lines += [f"# {names.shown(server.name, 80)}: {server.place}", _needed(device(server), "MIG or GPU UUID")]
+        lines += [
+            f"# {names.shown(server.name, 80)}: {names.shown(server.place)}",
+            _needed(device(server), "MIG or GPU UUID"),
+        ]
     lines.append("trap 'kill 0' INT TERM")
     ports = iter(range(PORT, PORT + 10_000))
     for server in mine:
