@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from gpuplan.export import names
+
 PERIOD_S_MAX, WINDOW_S_MAX = 1800, 3600
 """The API server refuses more (Kubernetes, HorizontalPodAutoscaler v2)."""
 
@@ -36,7 +38,7 @@ def of(rule: dict[str, Any]) -> dict[str, Any]:
 def told(model: str, rule: dict[str, Any]) -> str:
     """The thresholds in a sentence."""
     return (
-        f"{model}: up above {rule['scale_up_at']:g} requests waiting per replica, down only below "
+        f"{names.shown(model, 60)}: up above {rule['scale_up_at']:g} requests waiting per replica, down only below "
         f"{rule['scale_down_at']:g}; {rule['min_replicas']} to {rule['max_replicas']} replicas; cool-down "
         f"{rule['cooldown_s']:g} s, stabilization window {rule['stabilization_window_s']:g} s."
     )

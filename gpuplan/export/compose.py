@@ -37,7 +37,7 @@ def write(plan: Plan) -> str:
             "an image that has gpuplan installed.",
         ],
     )
-    file: dict[str, Any] = {"name": "gpuplan", "services": services}
+    file: dict[str, Any] = {"services": services}
     if any(service["image"] == IMAGE for service in services.values()):
         file["volumes"] = {CACHE: {}}
     return yaml_text.written(comments, ([], file))

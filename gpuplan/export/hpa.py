@@ -29,7 +29,10 @@ def write(plan: Plan, source: str) -> str:
         from_plan=[behavior.told(model, rule) for model, rule in rules.items()],
         fill_in=[
             "spec.scaleTargetRef.name, where your Deployment is not called like the model.",
-            *(f"{model} has no file: Triton's vLLM backend shows no queue; use --metrics vllm." for model in blind),
+            *(
+                f"{names.shown(model, 60)} has no file: Triton's vLLM backend shows no queue; use --metrics vllm."
+                for model in blind
+            ),
             "the metrics: they are external ones, which prometheus-adapter serves with these Helm values:",
         ],
     )

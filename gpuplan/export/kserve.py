@@ -28,7 +28,10 @@ def write(plan: Plan) -> str:
             "storageUri: where the weights are; cpu and memory of the pods; a Triton model's config.pbtxt goes beside "
             "its weights (--to triton).",
             "scaling: --to keda, with the Deployment's name: MODEL-predictor.",
-            *(f"{m} is planned on several kinds of slices; a pod asks for one, the first." for m in mixed),
+            *(
+                f"{names.shown(m, 60)} is planned on several kinds of slices; a pod asks for one, the first."
+                for m in mixed
+            ),
         ],
     )
     return yaml_text.written(comments, *((_told(plan, first[m]), _document(plan, first[m], servers)) for m in models))

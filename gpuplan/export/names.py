@@ -37,7 +37,7 @@ def variable(*words: str) -> str:
 
 def shown(text: object, length_max: int = 160) -> str:
     """Plan text for a comment: one line of printable characters."""
-    words = str(text)
+    words = str(text) or "''"
     words = words if len(words) <= length_max else words[: length_max - 3] + "..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
 

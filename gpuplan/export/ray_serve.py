@@ -32,7 +32,7 @@ def write(plan: Plan) -> str:
         ],
         fill_in=[
             "model_source: a Hugging Face name or folder. One Ray node on each slice, with one GPU.",
-            *(f"import_path and deployment name of your own application for {m}." for m in others),
+            *(f"import_path and deployment name of your own application for {names.shown(m, 60)}." for m in others),
         ],
     )
     apps = [_application(plan, first[model], rule) for model, rule in rules.items()]

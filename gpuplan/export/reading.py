@@ -5,16 +5,17 @@ Takes `plan.json` as plain data; older plans lack `models`, so a role may be unk
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from gpuplan.errors import InputError
 from gpuplan.hardware.mig import WHOLE
-from gpuplan.hardware.profiles import parsed
 
 Plan = dict[str, Any]
 CPU = "cpu"
+_PROFILE = re.compile(r"[0-9]+g\.[0-9]+gb([+-][a-z.]+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ def servers(plan: Plan) -> list[Server]:
 def _known(slices: Iterable[str]) -> None:
     """Raises InputError for what is no slice: it would go into commands."""
     for name in slices:
-        if name not in (WHOLE, CPU) and parsed(name) is None:
+        if name not in (WHOLE, CPU) and not _PROFILE.fullmatch(name):
             raise InputError("no name of a MIG profile", key="PLAN", value=name, allowed="e.g. 3g.40gb")
 
 

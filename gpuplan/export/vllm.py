@@ -31,7 +31,7 @@ def write(plan: Plan) -> str:
         from_plan=["the slices, --max-num-seqs, --max-num-batched-tokens; --tensor-parallel-size is 1 on a slice."],
         fill_in=[
             "the variables below; MIG UUIDs are in nvidia-smi -L. Ports begin at 8000.",
-            *(f"{model} gives one answer and no tokens: see --to triton." for model in others),
+            *(f"{names.shown(model, 60)} gives one answer and no tokens: see --to triton." for model in others),
         ],
     )
     lines = ["#!/bin/sh", *head, "set -eu"]

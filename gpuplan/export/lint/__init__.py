@@ -21,14 +21,27 @@ RULES = (bounds.check, targets.check, cooldowns.check, flapping.check)
 
 def lint(path: Path) -> list[Finding]:
     """The findings, by line. Raises InputError for a file that cannot be read or holds neither kind of object."""
-    found = [scaled(data, lines, str(path)) for data, lines in _objects(text.documents(path))]
+    try:
+        objects = list(_objects(text.documents(path)))
+    except InputError:
+        if b"{{" not in path.read_bytes():
+            raise
+        raise InputError("a template and no YAML", file=str(path), allowed="what `helm template` makes of it") from None
+    found = [scaled(data, lines, str(path)) for data, lines in objects]
     if not found:
         raise InputError(
             "nothing to look at", file=str(path), allowed="a HorizontalPodAutoscaler or a KEDA ScaledObject"
         )
-    findings = [finding for one in found for rule in RULES for finding in rule(one)]
+    findings = [finding for one in found for finding in _of(one)]
     findings += _doubled(found)
     return sorted(findings, key=lambda f: (f.line or 0, f.key))
+
+
+def _of(one: Scaled) -> list[Finding]:
+    try:
+        return [finding for rule in RULES for finding in rule(one)]
+    except (TypeError, AttributeError, ValueError, KeyError):
+        raise one.malformed() from None
 
 
 def _objects(documents: list[tuple[Any, dict[str, int]]]) -> Iterator[tuple[dict[str, Any], dict[str, int]]]:

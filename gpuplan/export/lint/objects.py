@@ -20,8 +20,8 @@ _QUANTITY = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)([numkMGTPE]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that will not work: where it is written, why not, and what to do. `line` is the key's own, or that of the
-    nearest key around it."""
+    """One thing that will not work: where it is written, why not, and what to do. `line` is the key's own, or of what
+    it belongs in."""
 
     file: str
     line: int | None
@@ -82,6 +82,10 @@ class Scaled:
     def least_key(self) -> str:
         return "spec.minReplicaCount" if self.keda else "spec.minReplicas"
 
+    def malformed(self) -> InputError:
+        """The error for an object whose shape is not that of its kind."""
+        return _malformed(self.kind, self.file)
+
     def finding(self, key: str, value: object, why: str, do: str) -> Finding:
         """A finding at that key, or at the nearest one that is written."""
         return Finding(self.file, line_of(key, self.lines), self.name, key, value, why, do)
@@ -92,7 +96,11 @@ def scaled(data: dict[str, Any], lines: dict[str, int], file: str) -> Scaled:
     try:
         return _scaled(data, lines, file)
     except (TypeError, AttributeError, ValueError, KeyError):
-        raise InputError(f"not a {data['kind']}: a part of it is of another type", file=file) from None
+        raise _malformed(data["kind"], file) from None
+
+
+def _malformed(kind: str, file: str) -> InputError:
+    return InputError(f"not a {kind}: a part of it is of another type", file=file)
 
 
 def number(written: object) -> float | None:

@@ -26,6 +26,9 @@ DCGM's field reference has DEV_*_UTIL in percent and PROF_* as shares."""
 RESERVED = frozenset({"DCGM_FI_DEV_FB_USED", "nv_gpu_memory_used_bytes", "gpuplan_gpu_memory_used_bytes"})
 """Memory of the card: engines with a KV cache take theirs at start, whatever the load."""
 
+GAUGES = frozenset({"nv_inference_pending_request_count"})
+"""Names like a counter's that are none."""
+
 _EMPTY = re.compile(
     r"waiting|pending|queue|backlog|latency|_duration|time_to_first|time_per_output|inter_token|ttft|tpot",
     re.IGNORECASE,
@@ -51,7 +54,7 @@ def empties(metric: str) -> bool:
 
 def counts(metric: str) -> bool:
     """Whether it is a counter by its name, which only rises."""
-    return bool(_COUNTER.search(metric))
+    return bool(_COUNTER.search(metric)) and metric not in GAUGES
 
 
 def reserved(metric: str) -> bool:
