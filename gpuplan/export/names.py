@@ -49,6 +49,8 @@ def promql_string(text: str) -> str:
 
 def _escaped(character: str) -> str:
     code = ord(character)
+    if 0xD800 <= code <= 0xDFFF:  # half a character, which no UTF-8 label has
+        code = 0xFFFD
     return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
 
 

@@ -216,7 +216,7 @@ def _on_card(device: Device) -> list[int] | None:
     whole = process_ids(device)
     if whole is None and not cut:
         return None
-    drawing = device.ask("graphics processes", nvml.nvmlDeviceGetGraphicsRunningProcesses, device.handle) or []
+    drawing = device.ask("graphics processes", nvml.nvmlDeviceGetGraphicsRunningProcesses_v3, device.handle) or []
     ids = [*(whole or []), *(int(process.pid) for process in drawing)]
     for number, handle in (mig_devices(device) if cut else {}).items():
         inside = process_ids(Device(nvml, handle, f"{device.name}/{number}", device.faults))

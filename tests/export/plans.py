@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 HOSTILE = (
@@ -40,6 +41,9 @@ def planned_of(models: dict[str, dict[str, Any]], *, gpu: bool = True) -> dict[s
             {"card": card, "profile": profile, "start": start, "width": width, "model": model, "replica": f"{model}-0"}
         )
     cards = (len(models) - 1) // len(slices) + 1
+    for card, (profile, start, width) in list(product(range(cards), slices))[len(models) :]:
+        free = {"card": card, "profile": profile, "start": start, "width": width, "model": None, "replica": None}
+        placements.append(free)
     names = [profile for profile, _, _ in slices]
     layout = {"gpu": "a100-80gb", "profiles": names, "count": cards, "placements": placements}
     return {

@@ -61,6 +61,14 @@ def test_compose_reads_no_variable_out_of_a_name() -> None:
     assert all(re.match(r"\$\{[A-Z0-9_]+:\?[A-Za-z -]+\}", written[m.start() :]) for m in re.finditer(r"\$", written))
 
 
+def test_half_a_character_makes_no_file_that_cannot_be_written() -> None:
+    broken = planned_of({"\ud800": {"role": "classifier"}})
+    for name, form in EXPORTS.items():
+        if name != "vllm":
+            (form.write(broken, "gpuplan") if form.takes_metrics else form.write(broken)).encode()
+    assert names.promql_string("\ud800") == '"\\ufffd"'
+
+
 def test_the_repository_stays_in_its_folder() -> None:
     for path in files(MANY):
         assert all(PARTS.fullmatch(part) and part != ".." for part in path.split("/"))
