@@ -11,6 +11,9 @@ from typing import Any
 
 from gpuplan.export import names
 
+SURGE = "maxSurge: 0 in your Deployment, where it is not: a rollout's extra pods are counted as replicas to keep."
+"""An HPA whose metric is within tolerance proposes `status.replicas`, extra pods included (Kubernetes, replica
+calculator)."""
 PERIOD_S_MAX, WINDOW_S_MAX = 1800, 3600
 """The API server refuses more (Kubernetes, HorizontalPodAutoscaler v2)."""
 

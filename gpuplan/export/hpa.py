@@ -29,6 +29,7 @@ def write(plan: Plan, source: str) -> str:
         from_plan=[behavior.told(model, rule) for model, rule in rules.items()],
         fill_in=[
             "spec.scaleTargetRef.name, where your Deployment is not called like the model.",
+            behavior.SURGE,
             *(
                 f"{names.shown(model, 60)} has no file: Triton's vLLM backend shows no queue; use --metrics vllm."
                 for model in blind

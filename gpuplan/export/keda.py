@@ -27,6 +27,7 @@ def write(plan: Plan, source: str) -> str:
         fill_in=[
             "serverAddress of your Prometheus; spec.scaleTargetRef.name, where your Deployment is not called like the "
             "model; a namespace in the queries, where several run the same model.",
+            behavior.SURGE,
             *(
                 f"{names.shown(model, 60)} has no file: Triton's vLLM backend shows no queue; use --metrics vllm."
                 for model in blind

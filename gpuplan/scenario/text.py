@@ -22,7 +22,7 @@ def read(path: Path) -> tuple[Any, dict[str, int]]:
     """The file's value in plain dicts, lists and scalars, and the line of every dotted key."""
     found = documents(path)
     if len(found) > 1:
-        raise InputError("several documents in one file", file=str(path), allowed="one")
+        raise InputError("not valid YAML: another document", file=str(path), line=found[1][1][""], allowed="one")
     return found[0] if found else (None, {})
 
 
