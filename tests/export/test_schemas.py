@@ -44,6 +44,12 @@ def test_prometheus_parses_every_query() -> None:
                 parser.parse(trigger["metadata"]["query"])
 
 
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_ray_serve_accepts_its_file(plan: dict[str, Any]) -> None:
+    schema = pytest.importorskip("ray.serve.schema", reason="needs ray[serve]")
+    schema.ServeDeploySchema.model_validate(yaml.safe_load(EXPORTS["ray-serve"].write(plan)))
+
+
 # Field: (number, type), of triton-inference-server/common, protobuf/model_config.proto.
 _MODEL_CONFIG: dict[str, dict[str, tuple[int, str]]] = {
     "QueuePolicy": {"timeout_action": (1, "TimeoutAction"), "max_queue_size": (4, "uint32")},

@@ -15,6 +15,8 @@ from gpuplan.export.lint.objects import Finding, Scaled, Signal, number
 
 def check(one: Scaled) -> Iterator[Finding]:
     """What is found, in no order."""
+    if one.combined:
+        return
     if one.most > max(one.least, 1) and one.signals and not _disabled(one) and all(_empties(s) for s in one.signals):
         signal = one.signals[0]
         low = max(one.least, 1)

@@ -71,6 +71,11 @@ class Scaled:
     signals: list[Signal] = field(default_factory=list)
 
     @property
+    def combined(self) -> bool:
+        """Whether KEDA makes one metric of all by a formula, with a target of its own: their own mean nothing then."""
+        return self.keda and bool((self.spec.get("advanced") or {}).get("scalingModifiers"))
+
+    @property
     def keda(self) -> bool:
         return self.kind == "ScaledObject"
 
@@ -117,10 +122,10 @@ def _scaled(data: dict[str, Any], lines: dict[str, int], file: str) -> Scaled:
     if keda:
         config = (spec.get("advanced") or {}).get("horizontalPodAutoscalerConfig") or {}
         behavior, behavior_key = config.get("behavior"), "spec.advanced.horizontalPodAutoscalerConfig.behavior"
-        least, most = spec.get("minReplicaCount") or 0, spec.get("maxReplicaCount", 100)
+        least, most = _or(spec.get("minReplicaCount"), 0), _or(spec.get("maxReplicaCount"), 100)
     else:
         behavior, behavior_key = spec.get("behavior"), "spec.behavior"
-        least, most = spec.get("minReplicas", 1), spec.get("maxReplicas", 0)
+        least, most = _or(spec.get("minReplicas"), 1), _or(spec.get("maxReplicas"), 0)
     signals = _triggers(spec) if keda else _metrics(spec)
     return Scaled(
         file=file,
@@ -136,6 +141,10 @@ def _scaled(data: dict[str, Any], lines: dict[str, int], file: str) -> Scaled:
         api=str(data.get("apiVersion", "")),
         signals=signals,
     )
+
+
+def _or(written: Any, default: int) -> Any:
+    return default if written is None else written
 
 
 def _triggers(spec: dict[str, Any]) -> list[Signal]:

@@ -11,7 +11,8 @@ from gpuplan.export.lint.objects import TOLERANCE, Finding, Scaled, Signal, numb
 def check(one: Scaled) -> Iterator[Finding]:
     """What is found, in no order."""
     for signal in one.signals:
-        yield from _target(one, signal)
+        if not one.combined:
+            yield from _target(one, signal)
         if signal.shape is not None:
             yield from _query(one, signal)
     if one.keda and one.least >= 1:
@@ -35,6 +36,11 @@ def _target(one: Scaled, signal: Signal) -> Iterator[Finding]:
             f"write a target well below {most:g}, such as {0.7 * most:g}",
         )  # fmt: skip
     for name in sorted(signal.names):
+        if name.startswith("resource ") and name not in ("resource cpu", "resource memory", "resource "):
+            yield one.finding(
+                signal.key, signal.written, f"a Resource metric knows only cpu and memory, not {name[9:]}",
+                "take type: Pods and a metric that the server or a DCGM exporter shows",
+            )  # fmt: skip
         if signals.reserved(name):
             yield one.finding(
                 signal.key, signal.written, f"{name} does not follow the load: engines take their KV cache at start",
@@ -66,6 +72,8 @@ def _query(one: Scaled, signal: Signal) -> Iterator[Finding]:
             f"gives several elements, {by}, and KEDA takes a query with one alone: the trigger fails",
             "put sum(...) around it, without by",
         )  # fmt: skip
+    elif one.combined:
+        pass
     elif shape.outer in ("avg", "max", "min", "quantile", "histogram_quantile") and signal.kind == "AverageValue":
         yield one.finding(
             signal.query_key, signal.query,

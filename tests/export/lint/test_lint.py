@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from gpuplan.errors import InputError
 from gpuplan.export.lint import lint
 
 RUNNING = 'sum(vllm:num_requests_running{model_name="chat"})'
+RESOURCE = {
+    "type": "Resource",
+    "resource": {"name": "nvidia.com/gpu", "target": {"type": "Utilization", "averageUtilization": 75}},
+}
 DOWN = {"scaleDown": {"stabilizationWindowSeconds": 300}}
 
 
@@ -62,6 +69,7 @@ BAD = [
     (keda(trigger("sum(vllm:kv_cache_usage_perc) * 100", "95")), "metadata.threshold", "never more than 100"),
     (hpa("DCGM_FI_DEV_FB_USED", "60000"), "averageValue", "take their KV cache at start"),
     (hpa(target="lots"), "averageValue", "not a target"),
+    (hpa(metrics=[RESOURCE]), "resource.target.averageUtilization", "knows only cpu and memory"),
     # A query that gives several elements, or one that means something else.
     (keda(trigger('vllm:num_requests_running{model_name="chat"}')), "metadata.query", "one for each pod"),
     (keda(trigger("sum by (pod) (vllm:num_requests_running)")), "metadata.query", "one for each pod"),
@@ -131,6 +139,12 @@ GOOD = [
     keda({"type": "cpu", "metricType": "Utilization", "metadata": {"value": "60"}}),
     keda({"type": "redis", "metadata": {"listName": "jobs", "listLength": "5"}}),
     keda(trigger("{{ what is this }}")),
+    keda(  # a formula with a target of its own
+        trigger("sum(vllm:num_requests_waiting)", "1"),
+        trigger("avg(vllm:kv_cache_usage_perc)", "100"),
+        advanced={"scalingModifiers": {"formula": "a + b", "target": "5"}},
+    ),
+    hpa(minReplicas=None),
     hpa() | {"apiVersion": "autoscaling/v1", "spec": {"scaleTargetRef": {"name": "x"}, "maxReplicas": 3}},
 ]
 
@@ -164,3 +178,23 @@ def test_what_is_no_such_file_gets_one_error(text: str, said: str, tmp_path: Pat
     file.write_text(text)
     with pytest.raises(InputError, match=said):
         lint(file)
+
+
+_PLAIN = st.none() | st.booleans() | st.integers(-9, 9) | st.floats() | st.sampled_from(["", "5m", "x", "sum(x)", "{{"])
+_KEYS = st.sampled_from(
+    "metadata spec triggers metrics behavior scaleDown scaleUp policies advanced horizontalPodAutoscalerConfig type name "
+    "query threshold pods external resource target metric averageValue minReplicas maxReplicas minReplicaCount kind "
+    "scaleTargetRef stabilizationWindowSeconds periodSeconds selectPolicy tolerance items cooldownPeriod".split()
+)
+_ANY = st.recursive(_PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_KEYS, inner, max_size=5))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    kind=st.sampled_from(["ScaledObject", "HorizontalPodAutoscaler", "List"]),
+    data=st.dictionaries(_KEYS, _ANY, max_size=4),
+)
+def test_whatever_the_file_says_it_is_a_finding_or_an_error(kind: str, data: dict[str, Any], tmp_path: Path) -> None:
+    with contextlib.suppress(InputError):
+        for finding in found(tmp_path, data | {"kind": kind}):
+            assert "\n" not in str(finding)
