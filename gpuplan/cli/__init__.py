@@ -11,7 +11,7 @@ import sys
 import typer
 
 from gpuplan import __version__
-from gpuplan.cli import bench, explain, export, gpus, models, plan, report, scenario, serve, simulate
+from gpuplan.cli import bench, explain, export, gpus, lint, models, plan, report, scenario, serve, simulate
 from gpuplan.errors import GpuplanError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command()(report.report)
 app.command()(explain.explain)
 app.command()(serve.serve)
 app.command()(export.export)
+app.command()(lint.lint)
 app.command()(gpus.gpus)
 app.command()(models.models)
 app.add_typer(scenario.app, name="scenario")

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from gpuplan.errors import InputError
+from gpuplan.export import reading, yaml_text
+from gpuplan.export.reading import Plan
 from gpuplan.hardware.mig import WHOLE
 
 
-def write(plan: dict[str, Any]) -> str:
+def write(plan: Plan) -> str:
     """The layouts of a plan; device numbers count through them. Raises InputError for a plan without a GPU."""
-    import yaml
-
     devices: list[dict[str, Any]] = []
     first = 0
-    for layout in plan["mig"]["layouts"]:
+    for layout in reading.layouts(plan):
         indices = list(range(first, first + layout["count"]))
         first += layout["count"]
         cut = layout["profiles"] != [WHOLE]
@@ -23,7 +22,10 @@ def write(plan: dict[str, Any]) -> str:
         if cut:
             device["mig-devices"] = dict(Counter(layout["profiles"]))
         devices.append(device)
-    if not devices:
-        raise InputError("the plan has no GPU to cut", key="PLAN", value=plan["scenario"])
-    text: str = yaml.safe_dump({"version": "v1", "mig-configs": {"gpuplan": devices}}, sort_keys=False)
-    return text
+    comments = yaml_text.head(
+        plan,
+        "MIG layouts for NVIDIA mig-parted: nvidia-mig-parted apply -f FILE -c gpuplan.",
+        from_plan=["every profile and how many; mig-parted chooses the places."],
+        fill_in=["devices, where the cards to cut are not the machine's first ones."],
+    )
+    return yaml_text.written(comments, ([], {"version": "v1", "mig-configs": {"gpuplan": devices}}))

@@ -13,6 +13,7 @@ from gpuplan.plan.trials import LayoutTried, Trial, Trials, tightest_slo
 from gpuplan.record import summary
 from gpuplan.record.summary import Summary
 from gpuplan.scenario import deployment as supply
+from gpuplan.scenario.demand import ModelSource
 from gpuplan.scenario.deployment import Deployment, Slice
 
 
@@ -57,6 +58,7 @@ def document(found: Findings) -> dict[str, Any]:
         "optimality_gap": (cost - lowest) / cost if cost else 0.0,
         "proven_optimal": meets and found.bound is not None and gpus <= found.bound,
         "mig": {"layouts": [_layout(found.trials, deployment)] if card else []},
+        "models": {name: _model(source) for name, source in deployment.models.items()},
         "replicas": _replicas(deployment),
         "batching": _batching(deployment, found.batching_reasons),
         "autoscale": found.autoscale,
@@ -136,6 +138,12 @@ def _placement(trials: Trials, deployment: Deployment, part: Slice, replica: sup
         "model": replica.model if replica else None,
         "replica": replica.id if replica else None,
     }
+
+
+def _model(source: ModelSource) -> dict[str, Any]:
+    """What a model gives back, a `decoder` tokens and a `classifier` one answer, and what it is in the scenario."""
+    named = source.builtin or source.onnx or source.emulate or source.profiled
+    return {"role": supply.role(source), "source": named or "a shape of its own"}
 
 
 def _replicas(deployment: Deployment) -> list[dict[str, Any]]:

@@ -20,12 +20,20 @@ NESTING_MAX = 50
 
 def read(path: Path) -> tuple[Any, dict[str, int]]:
     """The file's value in plain dicts, lists and scalars, and the line of every dotted key."""
+    found = documents(path)
+    if len(found) > 1:
+        raise InputError("not valid YAML: another document", file=str(path), line=found[1][1][""], allowed="one")
+    return found[0] if found else (None, {})
+
+
+def documents(path: Path) -> list[tuple[Any, dict[str, int]]]:
+    """The same of every document of a file, those that `---` sets apart."""
     import yaml
 
     try:
         if path.stat().st_size > FILE_BYTES_MAX:
             raise InputError("file is too large", file=str(path), allowed=f"{FILE_BYTES_MAX} bytes")
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        nodes = list(yaml.compose_all(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise InputError(f"cannot read: {reason}", file=str(path)) from None
@@ -34,10 +42,11 @@ def read(path: Path) -> tuple[Any, dict[str, int]]:
         raise InputError(f"not valid YAML: {error.problem}", file=str(path), line=line) from None
     except (yaml.YAMLError, RecursionError):
         raise InputError("not valid YAML", file=str(path)) from None
-    if node is None:
-        return None, {}
-    walk = _Walk(path)
-    return walk.value(node, "", 0), walk.lines
+    found = []
+    for node in nodes:
+        walk = _Walk(path)
+        found.append((walk.value(node, "", 0), walk.lines))
+    return found
 
 
 def value(written: str, *, key: str) -> Any:

@@ -201,9 +201,7 @@ def _slices(device: Device, counted: bool) -> Iterator[_Slice]:
 
 def _processes(device: Device) -> int | None:
     """How many processes compute there."""
-    found = device.ask("processes", device.nvml.nvmlDeviceGetComputeRunningProcesses_v3, device.handle)
-    if found is None:  # its name before driver 510
-        found = device.ask("processes (old)", device.nvml.nvmlDeviceGetComputeRunningProcesses_v2, device.handle)
+    found = nvml.process_ids(device)
     return len(found) if found is not None else None
 
 

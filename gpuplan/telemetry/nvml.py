@@ -76,6 +76,18 @@ def cards_here() -> dict[str, tuple[Profile, ...]]:
     return found
 
 
+def processes() -> dict[int, list[int] | None]:
+    """The ids of the processes on each card and its slices, by the card's index; None where the driver does not say."""
+    found: dict[int, list[int] | None] = {}
+    with Library() as library:
+        for device in library.devices() if library.module is not None else ():
+            try:
+                found[device.index] = _on_card(device)
+            except Lost:
+                found[device.index] = None
+    return found
+
+
 class Library:
     """NVML, initialised while entered. `module` is None where it cannot be used, and `problem` says why."""
 
@@ -185,6 +197,33 @@ class Device:
 
 def _reason(error: Exception) -> str:
     return f"NVML says: {str(error).rstrip('.')}"
+
+
+def process_ids(device: Device) -> list[int] | None:
+    """The processes that compute on a card or a slice. Raises Lost."""
+    found = device.ask("processes", device.nvml.nvmlDeviceGetComputeRunningProcesses_v3, device.handle)
+    if found is None:  # its name before driver 510
+        found = device.ask("processes (old)", device.nvml.nvmlDeviceGetComputeRunningProcesses_v2, device.handle)
+    return None if found is None else [int(process.pid) for process in found]
+
+
+def _on_card(device: Device) -> list[int] | None:
+    """All that use the card: what computes on it or on a slice, and what draws, where the driver tells of drawing.
+    Under MIG the slices are enough: of the whole card the driver tells administrators only."""
+    nvml = device.nvml
+    mode = device.ask("MIG mode", nvml.nvmlDeviceGetMigMode, device.handle)
+    cut = bool(mode and mode[0])
+    whole = process_ids(device)
+    if whole is None and not cut:
+        return None
+    drawing = device.ask("graphics processes", nvml.nvmlDeviceGetGraphicsRunningProcesses_v3, device.handle) or []
+    ids = [*(whole or []), *(int(process.pid) for process in drawing)]
+    for number, handle in (mig_devices(device) if cut else {}).items():
+        inside = process_ids(Device(nvml, handle, f"{device.name}/{number}", device.faults))
+        if inside is None:
+            return None
+        ids += inside
+    return sorted(set(ids))
 
 
 def _describe(device: Device) -> Card:

@@ -30,7 +30,7 @@ def test_every_example_on_a_card_can_be_simulated(file: Path, tmp_path: Path) ->
 
 
 def test_every_command_has_help_with_an_example() -> None:
-    for name in ("bench", "simulate", "plan", "report", "explain", "serve", "export", "gpus"):
+    for name in ("bench", "simulate", "plan", "report", "explain", "serve", "export", "lint", "gpus"):
         done = gpuplan(name, "--help")
         assert done.returncode == 0
         assert f"Example: gpuplan {name}" in done.stdout

@@ -10,6 +10,7 @@
  *   READING VALUE...                        what a reading gives, call by call; the last value stays.
  *                                           used gpu_util memory_util power_mw energy_mj sm_mhz memory_mhz celsius
  *                                           throttle pcie_tx_kb pcie_rx_kb processes gpm_sm gpm_dram gpm_tx gpm_rx
+ *                                           drawing
  *   profile NUMBER ID SLICES COUNT SMS MEMORY_MB WIDTH STARTS NAME   NUMBER is NVML_GPU_INSTANCE_PROFILE_*; 0,2,4
  *   instance ID PROFILE_ID START UUID       a GPU instance with one MIG device, or none where UUID is -
  *   READING VALUE...                        after an instance: its own used, processes, gpm_sm, gpm_dram
@@ -26,10 +27,11 @@
 enum { SUCCESS = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, INSUFFICIENT_SIZE = 7,
        DRIVER_NOT_LOADED = 9 };
 enum { USED, GPU_UTIL, MEMORY_UTIL, POWER, ENERGY, SM_MHZ, MEMORY_MHZ, CELSIUS, THROTTLE, PCIE_TX, PCIE_RX, PROCESSES,
-       GPM_SM, GPM_DRAM, GPM_TX, GPM_RX, READINGS };
+       GPM_SM, GPM_DRAM, GPM_TX, GPM_RX, DRAWING, READINGS };
 static const char *const reading_names[READINGS] = {
     "used", "gpu_util", "memory_util", "power_mw", "energy_mj", "sm_mhz", "memory_mhz", "celsius", "throttle",
-    "pcie_tx_kb", "pcie_rx_kb", "processes", "gpm_sm", "gpm_dram", "gpm_tx", "gpm_rx"};
+    "pcie_tx_kb", "pcie_rx_kb", "processes", "gpm_sm", "gpm_dram", "gpm_tx", "gpm_rx",
+    "drawing"};
 
 #define CARDS 16
 #define PARTS 8
@@ -291,25 +293,29 @@ int nvmlDeviceGetPcieThroughput(void *handle, unsigned counter, unsigned *kiloby
 
 struct process { unsigned pid; unsigned long long used; unsigned gpu_instance, compute_instance; };
 
-static int processes(void *handle, const char *function, unsigned *count, struct process *found) {
+static int processes(void *handle, const char *function, int kind, unsigned *count, struct process *found) {
     unsigned there = 0, room = *count;
     struct part *part = part_of(handle);
-    struct reading *reading = part ? &part->readings[PROCESSES] : &card_of(handle)->readings[PROCESSES];
+    struct reading *reading = part ? &part->readings[kind] : &card_of(handle)->readings[kind];
     ASK(handle, function);
     if (!reading->count) return NOT_SUPPORTED;
     there = (unsigned)reading->values[0];
     *count = there;
     if (there > room) return INSUFFICIENT_SIZE;
-    for (unsigned i = 0; i < there; i++) found[i] = (struct process){100 + i, 1 << 20, 0, 0};
+    for (unsigned i = 0; i < there; i++) found[i] = (struct process){(kind == DRAWING ? 200 : 100) + i, 1 << 20, 0, 0};
     return SUCCESS;
 }
 
 int nvmlDeviceGetComputeRunningProcesses_v2(void *handle, unsigned *count, struct process *found) {
-    return processes(handle, "DeviceGetComputeRunningProcesses_v2", count, found);
+    return processes(handle, "DeviceGetComputeRunningProcesses_v2", PROCESSES, count, found);
 }
 
 int nvmlDeviceGetComputeRunningProcesses_v3(void *handle, unsigned *count, struct process *found) {
-    return processes(handle, "DeviceGetComputeRunningProcesses", count, found);
+    return processes(handle, "DeviceGetComputeRunningProcesses", PROCESSES, count, found);
+}
+
+int nvmlDeviceGetGraphicsRunningProcesses_v3(void *handle, unsigned *count, struct process *found) {
+    return processes(handle, "DeviceGetGraphicsRunningProcesses", DRAWING, count, found);
 }
 
 /* --- MIG -------------------------------------------------------------------------------------------------------- */
