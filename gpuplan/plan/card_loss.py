@@ -1,24 +1,25 @@
 """Plans that meet demand after the loss of any one card.
 
 What stands on which card matters here, and a programme with every card by itself is slow: equal cards can be swapped in
-many ways. So for each number of cards N, from two on, a programme without single cards is solved first. Whatever N
-cards survive, the capacities of a model sum to N / (N - 1) of its demand, for the mean card takes 1 / N with it; so its
-cost is a bound, and where its replicas can be spread over its cards evenly enough, it is a plan. Only where they cannot
-are the N cards taken one by one. More cards are tried until even the bound for N or more of them costs what the best
-does.
+many ways. So for each number of cards N, from two on, a programme without single cards is solved first. In a plan that
+survives, the capacities of a model sum to at least N / (N - 1) of its demand, for the mean card takes 1 / N with it; so
+the cost of that programme is a bound, and where its replicas can be spread over its cards evenly enough, it is a plan.
+Where they cannot, its layouts are kept and replicas chosen anew, and where that fails too, everything is chosen anew,
+card by card. More cards are tried until even the bound for N or more of them costs what the best does.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from gpuplan.plan import cards
-from gpuplan.plan.cutting import Chosen, Column, Cutting, Prices, columns
-from gpuplan.plan.packing_terms import CardUsed, Question
+from gpuplan.plan.cutting import NOISE, Chosen, Column, Cutting, Prices, Slot, columns, rounded
+from gpuplan.plan.packing_terms import CardUsed, Option, Question
 from gpuplan.plan.programme import Limits, Programme, Status
 
 Preferred = Callable[[Question, Prices, float, tuple[float, float], float], Chosen | None]
@@ -35,41 +36,47 @@ class Found:
     bound: float
 
 
+SHARE = 0.25
+"""Of the time that is left, what each step for one number of cards may take."""
+
+
 def cheapest(question: Question, prices: Prices, limits: Limits, preferred: Preferred) -> Found:
     """The cheapest plan of any number of cards."""
     until_s = time.perf_counter() + limits.seconds
-    best = Found("infeasible", (), math.inf, math.inf)
     most = sum(math.inf if k.count_max is None else k.count_max for k in question.kinds)
-    proven, count, lowest = True, 2, math.inf
+    least = _bound(question, prices, (2, most))
+    best = Found("infeasible", (), math.inf, math.inf)
+    count, lowest = max(2, math.ceil(_fewest(question, prices) - NOISE)), math.inf
     while count <= most:
-        left = replace(limits, seconds=until_s - time.perf_counter())
-        bound = _bound(question, prices, left, (count, most), 1.0)
-        if bound >= best.cost or bound == math.inf:
+        bound = max(least, _bound(question, prices, (count, most)))
+        left_s = until_s - time.perf_counter()
+        if bound >= best.cost or left_s <= 0:
+            lowest = min(lowest, bound)
             break
-        if left.seconds <= 0:
-            proven, lowest = False, min(lowest, bound)
-            break
-        found = _of(question, prices, left, preferred, count, best.cost)
-        proven = proven and found.status != "unknown" and (found.status != "feasible")
-        lowest = min(lowest, found.bound)
+        found = _of(question, prices, replace(limits, seconds=left_s * SHARE), preferred, count, best.cost)
+        lowest = min(lowest, max(found.bound, bound))
         best = min(best, found, key=lambda one: one.cost)
         count += 1
     if not best.cards:
-        return replace(best, status="infeasible" if proven else "unknown")
-    return replace(
-        best, status="optimal" if proven else "feasible", bound=best.cost if proven else min(lowest, best.cost)
-    )
+        return replace(best, status="infeasible" if lowest == math.inf else "unknown")
+    bound = min(lowest, best.cost)
+    return replace(best, status="optimal" if bound >= best.cost else "feasible", bound=bound)
+
+
+def _bound(question: Question, prices: Prices, count: tuple[float, float]) -> float:
+    """What so many cards cost at least; infinity where they cannot meet the demand."""
+    lp = Cutting(question, prices, cards=count).relaxed()
+    return math.inf if lp == math.inf else prices.at_least(lp)
+
+
+def _fewest(question: Question, prices: Prices) -> float:
+    programme = Cutting(question, prices)
+    return programme.programme.relaxed(dict.fromkeys(programme.columns, 1.0))
 
 
 def on_fixed(question: Question, prices: Prices, limits: Limits, preferred: Preferred, count: int) -> Found:
     """A plan on exactly these cards."""
     return _of(question, prices, limits, preferred, count, math.inf)
-
-
-def _bound(question: Question, prices: Prices, limits: Limits, count: tuple[float, float], slack: float) -> float:
-    programme = Cutting(question, prices, cards=count, slack=slack)
-    solved = programme.minimise(programme.cost(), limits)
-    return math.inf if solved.status == "infeasible" else max(prices.at_least(max(solved.bound, 0.0)), 0)
 
 
 def _of(
@@ -82,64 +89,89 @@ def _of(
     if solved.status == "infeasible":
         return Found("infeasible", (), math.inf, math.inf)
     bound = prices.at_least(max(solved.bound, 0.0))
+    if not solved.found:
+        return Found("unknown", (), math.inf, bound)
     if bound >= cost_below:
         return Found("infeasible", (), math.inf, bound)
-    if solved.found:
-        cost = round(solved.objective)
-        for chosen in (preferred(question, prices, cost, (count, count), slack), programme.chosen(solved)):
-            if chosen is not None:
-                spread = cards.cards_of(question, chosen)
-                if cards.survives_card(question, spread):
-                    return Found("optimal" if solved.status == "optimal" else "feasible", spread, cost, bound)
-    return _one_by_one(question, prices, limits, count, bound)
+    single, cost = _OneByOne(question, prices, count), round(solved.objective)
+    tried = [preferred(question, prices, cost, (count, count), slack), programme.chosen(solved)]
+    for chosen in filter(None, tried):
+        spread = cards.cards_of(question, chosen)
+        if not cards.survives_card(question, spread):
+            spread = single.solved(limits, chosen).cards
+        if spread:
+            return Found("optimal" if solved.status == "optimal" else "feasible", spread, cost, bound)
+    found = single.solved(limits)
+    return found if found.status == "infeasible" else replace(found, bound=max(bound, found.bound))
 
 
-def _one_by_one(question: Question, prices: Prices, limits: Limits, count: int, bound: float) -> Found:
-    best = question.best()
-    programme = Programme()
-    shapes: list[Column] = [c for kind in range(len(question.kinds)) for c in columns(question, kind, best)]
-    cuts = [[programme.variable(0, 1) for _ in shapes] for _ in range(count)]
-    placed = [{slot: programme.variable() for slot in best} for _ in range(count)]
-    for card in range(count):
-        programme.row(dict.fromkeys(cuts[card], 1.0), 1.0, 1.0)
-        for kind in {c.kind for c in shapes}:
-            name = question.kinds[kind].gpu.name
-            for profile in {slot[1] for slot in best if slot[0] == name}:
+class _OneByOne:
+    """The programme in which each of `count` cards has a layout and replicas of its own."""
+
+    def __init__(self, question: Question, prices: Prices, count: int) -> None:
+        self._question, self._prices, self._best = question, prices, question.best()
+        self._columns = [c for kind in range(len(question.kinds)) for c in columns(question, kind, self._best)]
+        self._count = count
+
+    def solved(self, limits: Limits, layouts: Chosen | None = None) -> Found:
+        """The cheapest plan, with these layouts or any."""
+        question, programme = self._question, Programme()
+        fixed = [key for key, n in sorted(layouts.layouts.items()) for _ in range(n)] if layouts else []
+        cuts: list[dict[int, Column]] = []
+        for card in range(self._count):
+            shapes = [Column(*fixed[card])] if fixed else self._columns
+            cuts.append({programme.variable(1 if fixed else 0, 1): shape for shape in shapes})
+        placed = [{slot: programme.variable() for slot in self._best} for _ in cuts]
+        self._of_cards(programme, cuts, placed)
+        for model, demand in question.demands.items():
+            mine = {slot: option for slot, option in self._best.items() if slot[2] == model}
+            programme.row({row[slot]: 1.0 for row in placed for slot in mine}, 1.0)
+            if demand > 0:
+                _of_loss(programme, placed, mine, demand, whole=not fixed)
+        costs = {v: float(self._prices.units[c.kind]) for row in cuts for v, c in row.items()}
+        solution = programme.minimise(costs, limits)
+        if not solution.found:
+            return Found(solution.status, (), math.inf, math.inf if solution.status == "infeasible" else 0.0)
+        chosen = []
+        for row, on in zip(cuts, placed, strict=True):
+            (shape,) = (c for v, c in row.items() if round(solution.values[v]))
+            chosen.append((shape.kind, shape.layout, +Counter({s: round(solution.values[v]) for s, v in on.items()})))
+        bound = self._prices.at_least(max(solution.bound, 0.0))
+        return Found(solution.status, cards.cards_as(question, chosen), round(solution.objective), bound)
+
+    def _of_cards(
+        self, programme: Programme, cuts: Sequence[Mapping[int, Column]], placed: Sequence[Mapping[Slot, int]]
+    ) -> None:
+        for row, on in zip(cuts, placed, strict=True):
+            programme.row(dict.fromkeys(row, 1.0), 1.0, 1.0)
+            for gpu, profile in sorted({slot[:2] for slot in self._best}):
                 there = {
                     v: float(c.layout.count(profile))
-                    for v, c in zip(cuts[card], shapes, strict=True)
-                    if c.kind == kind and profile in c.layout
+                    for v, c in row.items()
+                    if self._question.kinds[c.kind].gpu.name == gpu
                 }
-                used = {v: -1.0 for slot, v in placed[card].items() if slot[:2] == (name, profile)}
-                programme.row({**there, **used}, 0.0)
-        if card:  # equal cards in one order only
-            order = {v: float(i) for i, v in enumerate(cuts[card])}
-            programme.row({**order, **{v: -float(i) for i, v in enumerate(cuts[card - 1])}}, 0.0)
-    for i, kind_ in enumerate(question.kinds):
-        if kind_.count_max is not None:
-            programme.row(
-                {v: 1.0 for row in cuts for v, c in zip(row, shapes, strict=True) if c.kind == i}, high=kind_.count_max
-            )
-    for model, demand in question.demands.items():
-        programme.row({row[slot]: 1.0 for row in placed for slot in best if slot[2] == model}, 1.0)
-        for lost in range(count) if demand > 0 else ():
-            rest = [row for card, row in enumerate(placed) if card != lost]
-            programme.row(
-                {row[slot]: o.capacity_per_s / demand for row in rest for slot, o in best.items() if slot[2] == model},
-                1.0,
-            )
-    costs = {v: float(prices.units[c.kind]) for row in cuts for v, c in zip(row, shapes, strict=True)}
-    solved = programme.minimise(costs, limits)
-    if not solved.found:
-        return Found(solved.status, (), math.inf, math.inf if solved.status == "infeasible" else bound)
-    chosen = []
-    for row, on in zip(cuts, placed, strict=True):
-        (shape,) = (c for v, c in zip(row, shapes, strict=True) if round(solved.values[v]))
-        replicas = Counter({slot: round(solved.values[v]) for slot, v in on.items()})
-        chosen.append((shape.kind, shape.layout, +replicas))
-    return Found(
-        solved.status,
-        cards.cards_as(question, chosen),
-        round(solved.objective),
-        max(bound, prices.at_least(max(solved.bound, 0.0))),
-    )
+                programme.row({**there, **{v: -1.0 for s, v in on.items() if s[:2] == (gpu, profile)}}, 0.0)
+        if all(len(row) > 1 for row in cuts):  # equal cards in one order only
+            for one, other in itertools.pairwise(cuts):
+                later = {v: float(i) for i, v in enumerate(other)}
+                programme.row({**later, **{v: -float(i) for i, v in enumerate(one)}}, 0.0)
+        for i, kind in enumerate(self._question.kinds):
+            if kind.count_max is not None:
+                programme.row({v: 1.0 for row in cuts for v, c in row.items() if c.kind == i}, high=kind.count_max)
+
+
+def _of_loss(
+    programme: Programme,
+    placed: Sequence[Mapping[Slot, int]],
+    mine: Mapping[Slot, Option],
+    demand: float,
+    *,
+    whole: bool,
+) -> None:
+    """The demand for a model is met without each of the cards."""
+    shares = {slot: option.capacity_per_s / demand for slot, option in mine.items()}
+    for lost in range(len(placed)):
+        rest = [row for card, row in enumerate(placed) if card != lost]
+        programme.row({row[slot]: share for row in rest for slot, share in shares.items()}, 1.0)
+        for values, least in rounded(shares) if whole else ():
+            programme.row({row[slot]: value for row in rest for slot, value in values.items()}, least)

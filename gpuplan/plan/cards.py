@@ -2,9 +2,10 @@
 stands, and which replica is on it.
 
 Cards that are there are matched to the layouts so that the fewest instances go, and a layout is placed so that what can
-stay does. Replicas stay on instances that served their model; the others go to the card that has least of their model,
-then least to do, so that a lost card takes little of any one model. Where room is to be left free, they go to the
-fullest card. Every replica of a model gets the same utilisation: its share of the demand is its share of the capacity.
+stay does. Replicas stay on instances that served their model. The others, those that their model can spare least first,
+go to the card that has least of their model, then least to do, so that a lost card takes little of any one model. Where
+room is to be left free, they go to the fullest card. Every replica of a model gets the same utilisation: its share of
+the demand is its share of the capacity.
 """
 
 from __future__ import annotations
@@ -136,31 +137,33 @@ class _Places:
                     left[slot] -= 1
                 else:
                     free[slot[:2]].append((card, i))
-        of_model = Counter[tuple[int, str]]()
+        on: dict[tuple[int, str], float] = defaultdict(float)
+        total: dict[str, float] = defaultdict(float)
         for (card, _), option in self._on.items():
-            of_model[(card, option.model)] += 1
-        capacity: dict[str, float] = defaultdict(float)
-        for slot, n in left.items():
-            capacity[slot[2]] += n * best[slot].capacity_per_s
-        load = [0.0] * len(self._slices)
+            on[(card, option.model)] += option.capacity_per_s
+            total[option.model] += option.capacity_per_s
         waiting = [slot for slot, n in left.items() for _ in range(n)]
-        waiting.sort(key=lambda slot: (-best[slot].capacity_per_s / capacity[slot[2]], slot))
+        for slot in waiting:
+            total[slot[2]] += best[slot].capacity_per_s
+        spare = {model: max(total[model] - demand, NOISE) for model, demand in self._question.demands.items()}
+        load = [0.0] * len(self._slices)
+        waiting.sort(key=lambda slot: (-best[slot].capacity_per_s / spare[slot[2]], slot))
         for slot in waiting:
             places = free[slot[:2]]
-            card, i = min(places, key=lambda at: self._wish(at, slot[2], of_model, load))
+            card, i = min(places, key=lambda at: self._wish(at, slot[2], on, load))
             places.remove((card, i))
             self._on[(card, i)] = best[slot]
-            of_model[(card, slot[2])] += 1
+            on[(card, slot[2])] += best[slot].capacity_per_s
             part = self._slices[card][i].profile
             load[card] += part.width / part.cells
 
     def _wish(
-        self, at: tuple[int, int], model: str, of_model: Counter[tuple[int, str]], load: Sequence[float]
+        self, at: tuple[int, int], model: str, on: Mapping[tuple[int, str], float], load: Sequence[float]
     ) -> tuple[float, ...]:
         card = at[0]
         if self._question.prefer == "free" and self._question.survive != "card":
             return (-load[card], *at)
-        return (of_model[(card, model)], load[card], *at)
+        return (on.get((card, model), 0.0), load[card], *at)
 
     def cards(self) -> tuple[CardUsed, ...]:
         """What stands where, with the load expected of each replica."""

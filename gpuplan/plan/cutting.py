@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import TypeVar
 
 from gpuplan.hardware import mig
 from gpuplan.plan.packing_terms import Option, Question, layouts_of
@@ -32,6 +33,7 @@ ROUNDINGS = (1, 2, 3)
 NOISE = 1e-6
 """The share of a demand that is not looked at: the solver's own tolerance."""
 
+Key = TypeVar("Key", bound=Hashable)
 Slot = tuple[str, str, str]
 """Card, profile, model."""
 
@@ -113,7 +115,7 @@ class Cutting:
             mine = {slot: option for slot, option in self._best.items() if slot[2] == model}
             self.programme.row({self.replicas[slot]: 1.0 for slot in mine}, 1.0)
             if demand > 0:
-                self._of_capacity(mine, demand, slack, rounded=growth[0] >= 1)
+                self._of_capacity(mine, demand, slack, whole=growth[0] >= 1)
                 if question.survive is not None:
                     self._of_loss(mine, demand, slack, most if growth[1] > 1 else math.inf)
 
@@ -171,13 +173,12 @@ class Cutting:
                 used = {v: -1.0 for slot, v in self.replicas.items() if slot[:2] == (kind.gpu.name, profile)}
                 self.programme.row({**{v: n for v, n in row.items() if n}, **used}, 0.0)
 
-    def _of_capacity(self, mine: Mapping[Slot, Option], demand: float, slack: float, *, rounded: bool) -> None:
+    def _of_capacity(self, mine: Mapping[Slot, Option], demand: float, slack: float, *, whole: bool) -> None:
         shares = {self.replicas[slot]: option.capacity_per_s / (demand * slack) for slot, option in mine.items()}
         self.programme.row({**shares, self.growth: -1.0}, 0.0)
-        if rounded:
-            for divisor in _divisors(shares.values()):
-                row = {v: float(_up(share / divisor)) for v, share in shares.items()}
-                self.programme.row(row, float(_up(1 / divisor)))
+        if whole:
+            for row, least in rounded(shares):
+                self.programme.row(row, least)
 
     def _of_loss(self, mine: Mapping[Slot, Option], demand: float, slack: float, cards_max: float) -> None:
         """Demand is met without any one replica, so without one on each profile that is used at all.
@@ -194,10 +195,8 @@ class Cutting:
             self.programme.row({self.replicas[slot]: 1.0, used: -at_most}, high=0.0)
             lost = option.capacity_per_s / demand
             self.programme.row({**shares, used: -lost}, 1.0)
-            for divisor in _divisors(shares.values()):
-                row = {v: float(_up(share / divisor)) for v, share in shares.items()}
-                row[used] = -float(math.floor(lost / divisor + 1e-9))
-                self.programme.row(row, float(_up(1 / divisor)))
+            for row, least in rounded({**shares, used: -lost}):
+                self.programme.row(row, least)
 
 
 def columns(question: Question, kind: int, best: Mapping[Slot, Option]) -> Iterator[Column]:
@@ -213,8 +212,10 @@ def columns(question: Question, kind: int, best: Mapping[Slot, Option]) -> Itera
             yield Column(kind, layout)
 
 
-def _divisors(shares: Iterable[float]) -> list[float]:
-    return sorted({share / n for share in shares for n in ROUNDINGS})
+def rounded(row: Mapping[Key, float]) -> Iterator[tuple[dict[Key, float], float]]:
+    """Rows that follow in whole numbers from `sum of value * number >= 1`, the numbers being none below zero."""
+    for divisor in sorted({value / n for value in row.values() if value > 0 for n in ROUNDINGS}):
+        yield {key: float(_up(value / divisor)) for key, value in row.items()}, float(_up(1 / divisor))
 
 
 def _up(value: float) -> int:

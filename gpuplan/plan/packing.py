@@ -23,7 +23,7 @@ from gpuplan.plan.packing_terms import CardUsed, Packing, Question, layouts_of
 from gpuplan.plan.programme import Limits
 
 PREFERENCE_GAP = 0.02
-PREFERENCE_NODES = 200
+PREFERENCE_NODES = 50
 PREFERENCE_SECONDS = 2.0
 GROWTH_MAX = 1e6
 ROOM = 0.01
