@@ -9,8 +9,9 @@ in a second.
     python benchmarks/mig_packing.py --data ../shared/data/mig-profiles [--published-only]
 
 The table has traps. Throughput is per process. Zeros mean out of memory. Latencies are rounded to milliseconds, and the
-rule is applied to them as they are printed. A row is taken as an outlier, and left out, when its throughput is more than
-OUTLIER times that of the same batch and processes on the next larger slice: more of a card is not slower. A row that is
+rule is applied to them as they are printed. A row that is too fast is left out as an outlier: one with more than
+FASTER_THAN_LARGER times the throughput of the same batch and processes on the next larger slice (more of a card is not
+slower), or with more than FASTER_THAN_BATCHES times the geometric mean of its neighbours in batch size. A row that is
 too slow does no harm: an option with less capacity is never chosen over a better one.
 """
 
@@ -18,10 +19,11 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,7 +34,8 @@ from gpuplan.plan.programme import Limits
 
 LATENCY_SHARE = 0.9 / 2
 PROCESSES_MAX = 5
-OUTLIER = 1.15
+FASTER_THAN_LARGER = 1.15
+FASTER_THAN_BATCHES = 1.4
 SECONDS_MAX = 1.0
 A100 = gpu("a100-80gb")
 PROFILES = {1: "1g.10gb", 2: "2g.20gb", 3: "3g.40gb", 4: "4g.40gb", 7: "7g.80gb"}
@@ -69,7 +72,7 @@ def main() -> None:
     print(f"{len(rows)} measurements, {len(dropped)} more left out as outliers")
     for row, ratio in dropped:
         where = f"{row.model}, {row.slices}g, batch {row.batch_size}, {row.processes} processes"
-        print(f"  {where}: {ratio:.2f} x the next larger slice")
+        print(f"  {where}: {ratio}")
     pack(question(rows, [Asked("resnet50", 0.2, 1.0)]))  # what is imported on first use is no part of a solution's time
     failed = False
     print(f"\n{'workload':34} {'published':>9} {'GPUs':>5} {'LP':>7} {'bound':>6} {'proven':>7} {'seconds':>8} growth")
@@ -94,8 +97,8 @@ def show(name: str, gpus: int | None, plan: Packing, note: str = "") -> None:
     print(f"{name:34} {gpus or '-':>9} {found} {proven:>7} {plan.elapsed_s:8.2f} {plan.growth:6.2f}{note}", flush=True)
 
 
-def measured(folder: Path) -> tuple[list[Measured], list[tuple[Measured, float]]]:
-    """Usable rows, and outliers with the factor by which they are too fast."""
+def measured(folder: Path) -> tuple[list[Measured], list[tuple[Measured, str]]]:
+    """Usable rows, and outliers with how they are too fast."""
     with (folder / "a100-80gb-models.csv").open(newline="") as file:
         rows = [
             Measured(
@@ -109,16 +112,29 @@ def measured(folder: Path) -> tuple[list[Measured], list[tuple[Measured, float]]
             for row in csv.DictReader(file)
         ]
     rows = [row for row in rows if row.capacity_per_s > 0 and row.latency_s > 0 and row.processes <= PROCESSES_MAX]
-    by_slices: dict[tuple[str, int, int], dict[int, Measured]] = defaultdict(dict)
-    for row in rows:
-        by_slices[(row.model, row.batch_size, row.processes)][row.slices] = row
-    dropped = []
-    for row in rows:
-        larger = [one for n, one in by_slices[(row.model, row.batch_size, row.processes)].items() if n > row.slices]
-        if larger and row.capacity_per_s > OUTLIER * (least := min(larger, key=lambda one: one.slices)).capacity_per_s:
-            dropped.append((row, row.capacity_per_s / least.capacity_per_s))
-    out = {id(row) for row, _ in dropped}
-    return [row for row in rows if id(row) not in out], dropped
+    by_place = {(row.model, row.slices, row.batch_size, row.processes): row for row in rows}
+    judged = [(row, _too_fast(row, by_place)) for row in rows]
+    return [row for row, why in judged if not why], [(row, why) for row, why in judged if why]
+
+
+def _too_fast(row: Measured, by_place: Mapping[tuple[str, int, int, int], Measured]) -> str:
+    """Why a row is an outlier, empty for one that is not."""
+    here = (row.model, row.slices, row.batch_size, row.processes)
+    sizes = list(PROFILES)
+    for slices in sizes[sizes.index(row.slices) + 1 :]:
+        larger = by_place.get((row.model, slices, *here[2:]))
+        if larger is not None:
+            if row.capacity_per_s > FASTER_THAN_LARGER * larger.capacity_per_s:
+                return f"{row.capacity_per_s / larger.capacity_per_s:.2f} x the next larger slice"
+            break
+    smaller, greater = (
+        by_place.get((*here[:2], batch, row.processes)) for batch in (row.batch_size // 2, row.batch_size * 2)
+    )
+    if smaller is not None and greater is not None:
+        between = math.sqrt(smaller.capacity_per_s * greater.capacity_per_s)
+        if row.capacity_per_s > FASTER_THAN_BATCHES * between:
+            return f"{row.capacity_per_s / between:.2f} x its neighbours in batch size"
+    return ""
 
 
 def workloads(folder: Path) -> dict[str, list[Asked]]:
