@@ -46,6 +46,8 @@ def cheapest(question: Question, prices: Prices, limits: Limits, preferred: Pref
     most = sum(math.inf if k.count_max is None else k.count_max for k in question.kinds)
     least = _bound(question, prices, (2, most))
     best = Found("infeasible", (), math.inf, math.inf)
+    if least == math.inf:
+        return best
     count, lowest = max(2, math.ceil(_fewest(question, prices) - NOISE)), math.inf
     while count <= most:
         bound = max(least, _bound(question, prices, (count, most)))
@@ -125,9 +127,7 @@ class _OneByOne:
         self._of_cards(programme, cuts, placed)
         for model, demand in question.demands.items():
             mine = {slot: option for slot, option in self._best.items() if slot[2] == model}
-            programme.row({row[slot]: 1.0 for row in placed for slot in mine}, 1.0)
-            if demand > 0:
-                _of_loss(programme, placed, mine, demand, whole=not fixed)
+            _of_loss(programme, placed, mine, demand, whole=not fixed)
         costs = {v: float(self._prices.units[c.kind]) for row in cuts for v, c in row.items()}
         solution = programme.minimise(costs, limits)
         if not solution.found:
@@ -168,8 +168,8 @@ def _of_loss(
     *,
     whole: bool,
 ) -> None:
-    """The demand for a model is met without each of the cards."""
-    shares = {slot: option.capacity_per_s / demand for slot, option in mine.items()}
+    """The demand for a model is met without each of the cards, by one replica where there is none."""
+    shares = {slot: option.capacity_per_s / demand if demand > 0 else 1.0 for slot, option in mine.items()}
     for lost in range(len(placed)):
         rest = [row for card, row in enumerate(placed) if card != lost]
         programme.row({row[slot]: share for row in rest for slot, share in shares.items()}, 1.0)

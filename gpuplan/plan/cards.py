@@ -80,13 +80,15 @@ def cards_of(question: Question, chosen: Chosen) -> tuple[CardUsed, ...]:
 
 
 def survives_card(question: Question, cards: Sequence[CardUsed]) -> bool:
-    """Whether demand is still met when any one of the cards is lost."""
+    """Whether demand is still met, and every model still served, when any one of the cards is lost."""
     on = [_capacities(card) for card in cards]
     total: Counter[str] = Counter()
     for one in on:
         total.update(one)
     return all(
-        total[model] - one[model] >= demand * (1 - NOISE) for one in on for model, demand in question.demands.items()
+        total[model] > one[model] and total[model] - one[model] >= demand * (1 - NOISE)
+        for one in on
+        for model, demand in question.demands.items()
     )
 
 

@@ -51,10 +51,12 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class States:
-    """Columns for cards that are there, and how many cards there are of each state."""
+    """Columns for cards that are there, how many cards there are of each state, and how many instances serve each model
+    now, by slot."""
 
     columns: Sequence[Column] = ()
     counts: Mapping[int, int] = field(default_factory=dict)
+    serving: Mapping[Slot, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,7 @@ class Cutting:
 
     `growth` are the limits between which all demands are multiplied. `cards` are the limits of the number of cards, and
     `slack` multiplies what capacities have to sum to (the loss of a card asks for more than the demand). `cost_max` is
-    in units of `Prices`. At least `kept_min` instances of the cards in `states` stay.
+    in units of `Prices`. What goes of what is there, as `disturbed` counts it, is at most `disturbed_max`.
     """
 
     def __init__(
@@ -99,7 +101,7 @@ class Cutting:
         slack: float = 1.0,
         cost_max: float = math.inf,
         states: States = States(),
-        kept_min: int = 0,
+        disturbed_max: float = math.inf,
     ) -> None:
         self._question, self._prices = question, prices
         self._best = question.best()
@@ -108,12 +110,15 @@ class Cutting:
         plain = [c for kind in range(len(question.kinds)) for c in columns(question, kind, self._best)]
         self.columns = {self.programme.variable(): column for column in [*plain, *states.columns]}
         self.replicas = {slot: self.programme.variable() for slot in self._best}
-        self._of_cards(cards, cost_max, states.counts, kept_min)
+        self._disturbed = self._of_what_is_there(states)
+        if disturbed_max < math.inf:
+            self.programme.row(self._disturbed, high=disturbed_max)
+        self._of_cards(cards, cost_max)
         self._of_slices()
         most = min(cards[1], *([cost_max // min(prices.units)] if cost_max < math.inf else []), math.inf)
         for model, demand in question.demands.items():
             mine = {slot: option for slot, option in self._best.items() if slot[2] == model}
-            self.programme.row({self.replicas[slot]: 1.0 for slot in mine}, 1.0)
+            self.programme.row({self.replicas[slot]: 1.0 for slot in mine}, 1.0 if question.survive is None else 2.0)
             if demand > 0:
                 self._of_capacity(mine, demand, slack, whole=growth[0] >= 1)
                 if question.survive is not None:
@@ -123,9 +128,10 @@ class Cutting:
         """What to minimise for the cost in units of `Prices`."""
         return {v: float(self._prices.units[c.kind]) for v, c in self.columns.items()}
 
-    def destroyed(self) -> dict[int, float]:
-        """What to minimise for the fewest instances that go, with those of cards that are given back."""
-        return {v: -float(c.kept) for v, c in self.columns.items() if c.kept}
+    def disturbed(self) -> dict[int, float]:
+        """What to minimise for the fewest instances that go, with those of cards that are given back, and among equals
+        for the fewest replicas that move. It counts what stays, below zero, and replicas by profile."""
+        return self._disturbed
 
     def occupied(self) -> dict[int, float]:
         """What to minimise for the share of the cards' memory cells in use, in cards."""
@@ -152,19 +158,26 @@ class Cutting:
         """The best solution within the limits."""
         return self.programme.minimise(costs, limits)
 
-    def _of_cards(self, cards: tuple[float, float], cost_max: float, present: Mapping[int, int], kept_min: int) -> None:
+    def _of_cards(self, cards: tuple[float, float], cost_max: float) -> None:
         everything = dict.fromkeys(self.columns, 1.0)
         if cards != (0, math.inf):
             self.programme.row(everything, *cards)
         if cost_max < math.inf:
             self.programme.row(self.cost(), high=cost_max)
-        if kept_min:
-            self.programme.row(self.destroyed(), high=-kept_min)
         for i, kind in enumerate(self._question.kinds):
             if kind.count_max is not None:
                 self.programme.row({v: 1.0 for v, c in self.columns.items() if c.kind == i}, high=kind.count_max)
-        for state, count in present.items():
+
+    def _of_what_is_there(self, states: States) -> dict[int, float]:
+        for state, count in states.counts.items():
             self.programme.row({v: 1.0 for v, c in self.columns.items() if c.state == state}, high=count)
+        staying = {}
+        for slot, count in states.serving.items():
+            if slot in self.replicas:
+                staying[self.programme.variable(0, count)] = -1.0
+                self.programme.row({max(staying): 1.0, self.replicas[slot]: -1.0}, high=0.0)
+        instance = 1.0 + sum(states.serving.values())
+        return {**{v: -instance * c.kept for v, c in self.columns.items() if c.kept}, **staying}
 
     def _of_slices(self) -> None:
         for i, kind in enumerate(self._question.kinds):

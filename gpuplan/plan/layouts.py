@@ -2,8 +2,8 @@
 
 `candidates` gives, for a number of equal cards, every layout to which no slice can be added (any other is contained
 in one of these, so nothing is missed) with its best assignments of models to slices, ranked by the busiest model's
-expected load. `gpus_needed_min` is the other side: an integer programme over layouts and replicas that no plan can
-beat, as long as no replica serves more than its capacity.
+expected load. `packing.cards_needed_min` is the other side: a bound that no plan can beat, as long as no replica serves
+more than its capacity.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from gpuplan.hardware import mig
 from gpuplan.hardware.catalog import Gpu
+from gpuplan.plan.packing_terms import layouts_of
 from gpuplan.scenario.demand import ReplicaSpec
 
 ASSIGNMENTS_MAX = 3_000
@@ -34,18 +34,13 @@ class Candidate:
     load: float
 
 
-def layouts(card: Gpu) -> list[tuple[str, ...]]:
-    """The uncut card, then every maximal MIG layout."""
-    return [(mig.WHOLE,), *mig.maximal_layouts(card)]
-
-
 def candidates(
     card: Gpu, count: int, demands: Mapping[str, float], capacities: Capacities, *, best: int
 ) -> dict[tuple[str, ...], list[Candidate]]:
     """For each layout its `best` assignments by load; an empty list where some model has no slice to go to."""
     return {
         layout: sorted(_assignments(layout, count, demands, capacities), key=lambda c: c.load)[:best]
-        for layout in layouts(card)
+        for layout in layouts_of(card)
     }
 
 
@@ -115,42 +110,3 @@ def _greedy(
                 split[needy] = split.get(needy, 0) + 1
                 got[needy] += capacities[(needy, kind)]
     return splits if all(got.values()) else None
-
-
-def gpus_needed_min(card: Gpu, demands: Mapping[str, float], capacities: Capacities) -> int | None:
-    """The fewest cards that could carry the demand by capacity alone, solved to optimality; None when a model fits on
-    no slice. Choose how many cards have each layout and how many replicas of each model stand on each profile:
-
-        minimise   cards
-        such that  replicas on a profile <= slices of it in the chosen layouts,
-                   capacity of a model's replicas >= its demand, and at least one replica of each.
-    """
-    import numpy as np
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
-    shapes = layouts(card)
-    pairs = [pair for pair in capacities if pair[0] in demands]
-    if any(not any(model == m for m, _ in pairs) for model in demands):
-        return None
-    width = len(shapes) + len(pairs)
-    rows, lows = [], []
-    for kind in sorted({kind for _, kind in pairs}):
-        row = np.zeros(width)
-        row[: len(shapes)] = [layout.count(kind) for layout in shapes]
-        row[len(shapes) :] = [-1.0 if k == kind else 0.0 for _, k in pairs]
-        rows.append(row)
-        lows.append(0.0)
-    for model, rate in demands.items():
-        served, present = np.zeros(width), np.zeros(width)
-        served[len(shapes) :] = [capacities[p] if p[0] == model else 0.0 for p in pairs]
-        present[len(shapes) :] = [1.0 if p[0] == model else 0.0 for p in pairs]
-        rows += [served, present]
-        lows += [rate, 1.0]
-    cost = np.concatenate([np.ones(len(shapes)), np.zeros(len(pairs))])
-    solved = milp(
-        cost,
-        constraints=LinearConstraint(np.array(rows), np.array(lows)),
-        integrality=np.ones(width),
-        bounds=Bounds(0, np.inf),
-    )
-    return round(solved.fun) if solved.success else None

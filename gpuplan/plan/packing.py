@@ -5,8 +5,9 @@ replica serves its option's capacity, so what is found is a bound for any plan w
 where the capacities were measured under the SLO.
 
 Choices are made in this order, and each keeps what the one before it reached: least cost; fewest instances destroyed of
-those that are there; then most headroom, or most of the cards left free. The first is solved to a proof, or to a limit
-that the answer names. The rest stop at a small gap or after some nodes: they are preferences, and claim no proof.
+those that are there, then fewest replicas moved; then most headroom, or most of the cards left free. The first is
+solved to a proof, or to a limit that the answer names. The rest may stop at a small gap or after some nodes: they are
+preferences, and claim no proof.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from gpuplan.hardware import mig
+from gpuplan.hardware.catalog import Gpu
 from gpuplan.plan import card_loss, cards, impossible
 from gpuplan.plan.cutting import Chosen, Column, Cutting, Prices, States
-from gpuplan.plan.packing_terms import CardUsed, Packing, Question, layouts_of
+from gpuplan.plan.packing_terms import CardKind, CardUsed, Option, Packing, Question, layouts_of
 from gpuplan.plan.programme import Limits
 
 PREFERENCE_GAP = 0.02
@@ -41,6 +44,21 @@ def pack(question: Question, limits: Limits = Limits()) -> Packing:  # noqa: B00
     if found.status == "not possible" and not found.why:
         found = replace(found, why=impossible.by_trying(question, limits))
     return replace(found, elapsed_s=time.perf_counter() - started_s)
+
+
+def cards_needed_min(gpu: Gpu, demands: Mapping[str, float], capacities: Mapping[tuple[str, str], float]) -> int | None:
+    """The fewest equal cards that could carry the demand by capacity alone, whatever their layouts; None when a model
+    fits on no slice. `capacities` are requests per second of (model, profile name).
+
+    Where the proof takes longer than the limits, the number proven so far.
+    """
+    options = [Option(model, gpu.name, profile, capacity) for (model, profile), capacity in capacities.items()]
+    question = Question(demands, [CardKind(gpu, 1.0)], options)
+    if impossible.at_once(question):
+        return None
+    prices = Prices(question)
+    programme = Cutting(question, prices)
+    return prices.at_least(max(programme.relaxed(), programme.minimise(programme.cost(), Limits()).bound))
 
 
 @dataclass(slots=True)
@@ -90,25 +108,32 @@ class _Search:
     ) -> Chosen | None:
         """Of the plans of this cost the one preferred; None where the limits end before one is found."""
         limits = Limits(min(self.limits.seconds, PREFERENCE_SECONDS), PREFERENCE_GAP, PREFERENCE_NODES)
-        states, kept_min = States(), 0
+        states, disturbed = States(), math.inf
         if question.current and question.survive != "card":
             states = states_of(question)
             programme = Cutting(question, prices, cards=count, slack=slack, cost_max=units, states=states)
-            solved = programme.minimise(programme.destroyed(), replace(limits, gap=0.0, nodes=None))
+            solved = programme.minimise(programme.disturbed(), replace(limits, gap=0.0, nodes=None))
             if not solved.found:
                 return None
-            kept_min = -round(solved.objective)
+            disturbed = round(solved.objective)
         headroom = question.prefer == "headroom" and any(question.demands.values())
-        programme = Cutting(
-            question,
-            prices,
-            growth=(1.0, GROWTH_MAX if headroom else 1.0),
-            cards=count,
-            slack=slack,
-            cost_max=units,
-            states=states,
-            kept_min=kept_min,
-        )
+
+        def cutting(growth_max: float) -> Cutting:
+            return Cutting(
+                question,
+                prices,
+                growth=(1.0, growth_max),
+                cards=count,
+                slack=slack,
+                cost_max=units,
+                states=states,
+                disturbed_max=disturbed,
+            )
+
+        programme = cutting(GROWTH_MAX if headroom else 1.0)
+        if headroom:  # with a bound that is near, HiGHS finds less to repair
+            most_growth = -programme.programme.relaxed({programme.growth: -1.0})
+            programme = cutting(max(1.0, most_growth * 1.001))
         occupied = programme.occupied()
         if headroom:
             most = max(units / min(prices.units), 1.0)
@@ -144,7 +169,13 @@ def states_of(question: Question) -> States:
         if there
         for layout in layouts_of(question.kinds[i].gpu)
     ]
-    return States([c for c in columns if c.kept], dict(enumerate(counts.values())))
+    serving = Counter(
+        (card.gpu, mig.profile(question.kinds[kinds[card.gpu]].gpu, i.profile, key="current").name, i.model)
+        for card in question.current
+        for i in card.instances
+        if i.model is not None and card.gpu in kinds
+    )
+    return States([c for c in columns if c.kept], dict(enumerate(counts.values())), serving)
 
 
 def _destroyed(question: Question, found: tuple[CardUsed, ...]) -> int:

@@ -69,7 +69,8 @@ Preference = Literal["headroom", "free"]
 class Question:
     """What is to be served, on what. `demands` are requests per second by model; each gets a replica even at 0.
 
-    `survive`: demand is still met after the loss of any one card, or of any one replica (a slice with its processes).
+    `survive`: demand is still met, and each model has a replica, after the loss of any one card, or of any one replica
+    (a slice with its processes).
     `fixed`: the `count_max` cards of every kind are there and paid for, so the question is how to cut them.
     `current`: cards that are there. Which of them a plan keeps is for it to say.
     `prefer`: what to do with the room that the cheapest plan has left, to let all demands grow by the same factor, or

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gpuplan.hardware import mig
 from gpuplan.hardware.catalog import gpu
-from gpuplan.plan import layouts
+from gpuplan.plan import layouts, packing
 
 A100 = gpu("a100-80gb")
 SIZES = {"1g.10gb": 1.0, "2g.20gb": 2.0, "3g.40gb": 3.0, "4g.40gb": 4.0, "7g.80gb": 7.0, "1g.20gb": 1.0, "whole": 7.5}
@@ -62,31 +62,10 @@ def test_too_many_assignments_fall_back_to_a_greedy_one_that_serves_all() -> Non
     assert sum(r.count for r in choice.replicas) == 42
 
 
-BOUNDS = [
-    ({"a": 1.0}, 1, "one slice is enough"),
-    ({"a": 7.5}, 1, "just the whole card"),
-    ({"a": 7.6}, 2, "a little more than the whole card"),
-    ({"a": 15.1}, 3, "a little more than two"),
-    ({"a": 4.0, "b": 3.0}, 1, "4g + 3g"),
-    ({"a": 4.1, "b": 3.0}, 2, "4g is too small"),
-    ({f"m{i}": 0.5 for i in range(7)}, 1, "seven small models on seven slices"),
-    ({f"m{i}": 0.5 for i in range(8)}, 2, "the eighth needs another card"),
-]
-
-
-@pytest.mark.parametrize(("demand", "cards", "why"), BOUNDS, ids=[b[2] for b in BOUNDS])
-def test_the_fewest_cards_by_capacity(demand: dict[str, float], cards: int, why: str) -> None:
-    assert layouts.gpus_needed_min(A100, demand, capacities(*demand)) == cards
-
-
-def test_a_model_that_fits_nowhere_has_no_bound() -> None:
-    assert layouts.gpus_needed_min(A100, {"a": 1.0, "giant": 1.0}, capacities("a")) is None
-
-
 @settings(deadline=None, max_examples=40)
 @given(st.dictionaries(st.sampled_from("abc"), st.floats(0.1, 9.0), min_size=1))
 def test_no_enumerated_assignment_beats_the_bound(demand: dict[str, float]) -> None:
-    bound = layouts.gpus_needed_min(A100, demand, capacities(*demand))
+    bound = packing.cards_needed_min(A100, demand, capacities(*demand))
     assert bound is not None
     if bound > 1:
         found = layouts.candidates(A100, bound - 1, demand, capacities(*demand), best=1)
