@@ -25,7 +25,7 @@ from fractions import Fraction
 from typing import TypeVar
 
 from gpuplan.hardware import mig
-from gpuplan.plan.packing_terms import Option, Question, layouts_of
+from gpuplan.plan.packing_terms import Option, Question
 from gpuplan.plan.programme import Limits, Programme, Solution
 
 ROUNDINGS = (1, 2, 3)
@@ -137,7 +137,7 @@ class Cutting:
         """What to minimise for the share of the cards' memory cells in use, in cards."""
         widths: dict[tuple[str, str], float] = {}
         for kind in self._question.kinds:
-            for name in {p for layout in layouts_of(kind.gpu) for p in layout}:
+            for name in {p for layout in kind.layouts for p in layout}:
                 part = mig.part(kind.gpu, name)
                 widths[(kind.gpu.name, name)] = part.width / part.cells
         return {v: widths[slot[:2]] for slot, v in self.replicas.items()}
@@ -217,7 +217,8 @@ def columns(question: Question, kind: int, best: Mapping[Slot, Option]) -> Itera
     gpu = question.kinds[kind].gpu
     usable = {profile for card, profile, _ in best if card == gpu.name}
     by_slices = {
-        frozenset(Counter(p for p in layout if p in usable).items()): layout for layout in reversed(layouts_of(gpu))
+        frozenset(Counter(p for p in layout if p in usable).items()): layout
+        for layout in reversed(question.kinds[kind].layouts)
     }
     slices = [Counter(dict(key)) for key in by_slices if key]
     for key, layout in by_slices.items():

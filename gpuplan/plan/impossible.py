@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import replace
 
 from gpuplan.plan.cutting import Chosen, Cutting, Prices
-from gpuplan.plan.packing_terms import Question, layouts_of
+from gpuplan.plan.packing_terms import Question
 from gpuplan.plan.programme import Limits
 
 
@@ -38,7 +38,7 @@ def by_trying(question: Question, limits: Limits) -> str:
     programme = Cutting(replace(question, survive=None), prices, growth=(0.0, 1.0))
     solved = programme.minimise({programme.growth: -1.0}, limits)
     if not solved.found:
-        slices = sum((kind.count_max or 0) * max(map(len, layouts_of(kind.gpu))) for kind in question.kinds)
+        slices = sum((kind.count_max or 0) * max(map(len, kind.layouts)) for kind in question.kinds)
         return f"{here} have at most {slices} slices, too few or too small for {len(question.demands)} models at once"
     least = f"{here} can serve {solved.values[programme.growth]:.0%} of the demand at most"
     return f"the number of cards binds: {least}{_enough(question, limits)}"

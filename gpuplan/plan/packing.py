@@ -19,10 +19,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from gpuplan.hardware import mig
-from gpuplan.hardware.catalog import Gpu
 from gpuplan.plan import card_loss, cards, impossible
 from gpuplan.plan.cutting import Chosen, Column, Cutting, Prices, States
-from gpuplan.plan.packing_terms import CardKind, CardUsed, Option, Packing, Question, layouts_of
+from gpuplan.plan.packing_terms import CardUsed, Packing, Question
 from gpuplan.plan.programme import Limits
 
 PREFERENCE_GAP = 0.02
@@ -44,21 +43,6 @@ def pack(question: Question, limits: Limits = Limits()) -> Packing:  # noqa: B00
     if found.status == "not possible" and not found.why:
         found = replace(found, why=impossible.by_trying(question, limits))
     return replace(found, elapsed_s=time.perf_counter() - started_s)
-
-
-def cards_needed_min(gpu: Gpu, demands: Mapping[str, float], capacities: Mapping[tuple[str, str], float]) -> int | None:
-    """The fewest equal cards that could carry the demand by capacity alone, whatever their layouts; None when a model
-    fits on no slice. `capacities` are requests per second of (model, profile name).
-
-    Where the proof takes longer than the limits, the number proven so far.
-    """
-    options = [Option(model, gpu.name, profile, capacity) for (model, profile), capacity in capacities.items()]
-    question = Question(demands, [CardKind(gpu, 1.0)], options)
-    if impossible.at_once(question):
-        return None
-    prices = Prices(question)
-    programme = Cutting(question, prices)
-    return prices.at_least(max(programme.relaxed(), programme.minimise(programme.cost(), Limits()).bound))
 
 
 @dataclass(slots=True)
@@ -167,7 +151,7 @@ def states_of(question: Question) -> States:
         Column(i, layout, state, cards.kept(question.kinds[i].gpu, layout, there))
         for state, (i, there) in enumerate(counts)
         if there
-        for layout in layouts_of(question.kinds[i].gpu)
+        for layout in question.kinds[i].layouts
     ]
     serving = Counter(
         (card.gpu, mig.profile(question.kinds[kinds[card.gpu]].gpu, i.profile, key="current").name, i.model)

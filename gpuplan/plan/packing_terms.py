@@ -18,15 +18,22 @@ from gpuplan.hardware.catalog import Gpu
 
 @dataclass(frozen=True, slots=True)
 class CardKind:
-    """Cards of one kind that can be had, each at `price_per_hour` ($), at most `count_max` of them."""
+    """Cards of one kind that can be had, each at `price_per_hour` ($), at most `count_max` of them, cut in any way or
+    as one of the layouts in `only`."""
 
     gpu: Gpu
     price_per_hour: float
     count_max: int | None = None
+    only: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 < self.price_per_hour < math.inf:
             raise ValueError(f"a card has a price above 0 $/h, got {self.price_per_hour}")
+
+    @property
+    def layouts(self) -> tuple[tuple[str, ...], ...]:
+        """The layouts that such a card may get."""
+        return self.only or layouts_of(self.gpu)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +95,7 @@ class Question:
     def best(self) -> dict[tuple[str, str, str], Option]:
         """By (card, profile, model) the option with most capacity; of equal ones the fewest processes, the smallest
         batch. No plan gains from the others."""
-        layouts = {kind.gpu.name: {p for layout in layouts_of(kind.gpu) for p in layout} for kind in self.kinds}
+        layouts = {kind.gpu.name: {p for layout in kind.layouts for p in layout} for kind in self.kinds}
         found: dict[tuple[str, str, str], Option] = {}
         for o in sorted(self.options, key=lambda o: (-o.capacity_per_s, o.processes, o.batch_size or 0)):
             if o.capacity_per_s > 0 and o.model in self.demands and o.profile in layouts.get(o.gpu, ()):

@@ -24,7 +24,7 @@ import msgspec
 from gpuplan.errors import InputError, RunError
 from gpuplan.hardware import mig
 from gpuplan.hardware.catalog import Gpu
-from gpuplan.plan import batches, calibrate, capacity, layouts, packing, thresholds
+from gpuplan.plan import batches, calibrate, capacity, equal_cards, layouts, thresholds
 from gpuplan.plan.document import Findings, document
 from gpuplan.plan.packing_terms import layouts_of
 from gpuplan.plan.trials import LayoutTried, Trial, Trials
@@ -134,7 +134,7 @@ class _Layouts:
         self._capacities = self._all_capacities()
 
     def search(self) -> _Found:
-        bound = packing.cards_needed_min(self._card, self._rates, self._capacities)
+        bound = equal_cards.cards_needed_min(self._card, self._rates, self._capacities)
         most = self._own.autoscale.max_gpus
         tried: list[LayoutTried] = []
         failed: list[Trial] = []

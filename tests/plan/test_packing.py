@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from gpuplan.hardware import mig
 from gpuplan.hardware.catalog import gpu
 from gpuplan.plan.cards import survives_card
-from gpuplan.plan.packing import cards_needed_min, pack
+from gpuplan.plan.equal_cards import cards_needed_min
+from gpuplan.plan.packing import pack
 from gpuplan.plan.packing_terms import CardKind, Option, Packing, Question, layouts_of
 from gpuplan.plan.programme import Limits
 
