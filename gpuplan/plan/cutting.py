@@ -189,8 +189,10 @@ class Cutting:
     def _of_capacity(self, mine: Mapping[Slot, Option], demand: float, slack: float, *, whole: bool) -> None:
         shares = {self.replicas[slot]: option.capacity_per_s / (demand * slack) for slot, option in mine.items()}
         self.programme.row({**shares, self.growth: -1.0}, 0.0)
-        if whole:
-            for row, least in rounded(shares):
+        if whole:  # whole replicas: one that serves more than is asked does it all, and no fraction of one does
+            capped = {v: min(share, 1.0) for v, share in shares.items()}
+            self.programme.row(capped, 1.0)
+            for row, least in rounded(capped):
                 self.programme.row(row, least)
 
     def _of_loss(self, mine: Mapping[Slot, Option], demand: float, slack: float, cards_max: float) -> None:

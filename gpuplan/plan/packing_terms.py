@@ -76,10 +76,14 @@ Preference = Literal["headroom", "free"]
 class Question:
     """What is to be served, on what. `demands` are requests per second by model; each gets a replica even at 0.
 
+    Raises ValueError for a demand that is no rate, for two kinds of the same card, and for cards that are `fixed` in
+    unknown number.
+
     `survive`: demand is still met, and each model has a replica, after the loss of any one card, or of any one replica
     (a slice with its processes).
     `fixed`: the `count_max` cards of every kind are there and paid for, so the question is how to cut them.
-    `current`: cards that are there. Which of them a plan keeps is for it to say.
+    `current`: cards that are there. Which of them a plan keeps is for it to say. Where a card's loss must be survived,
+    layouts are chosen without looking at them, and then matched to them as well as can be.
     `prefer`: what to do with the room that the cheapest plan has left, to let all demands grow by the same factor, or
     to leave as much of the cards free as possible, gathered on few of them.
     """
@@ -91,6 +95,14 @@ class Question:
     fixed: bool = False
     current: Sequence[PresentCard] = ()
     prefer: Preference = "headroom"
+
+    def __post_init__(self) -> None:
+        if not all(0 <= demand < math.inf for demand in self.demands.values()):
+            raise ValueError(f"demands are requests per second, got {dict(self.demands)}")
+        if len({kind.gpu.name for kind in self.kinds}) < len(self.kinds):
+            raise ValueError("every kind of card once, at one price")
+        if self.fixed and any(kind.count_max is None for kind in self.kinds):
+            raise ValueError("fixed cards have a number")
 
     def best(self) -> dict[tuple[str, str, str], Option]:
         """By (card, profile, model) the option with most capacity; of equal ones the fewest processes, the smallest

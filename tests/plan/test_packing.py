@@ -293,6 +293,12 @@ def test_no_time_is_not_no_plan() -> None:
     assert replace(Packing("unknown", why="no plan was found in 0 s")).sentence == "unknown: no plan was found in 0 s"
 
 
-def test_a_card_without_a_price_is_refused() -> None:
+def test_what_cannot_be_asked_is_refused() -> None:
     with pytest.raises(ValueError, match="above 0"):
         CardKind(A100, 0.0)
+    with pytest.raises(ValueError, match="requests per second"):
+        question({"a": -1.0})
+    with pytest.raises(ValueError, match="have a number"):
+        question({"a": 1.0}, fixed=True)
+    with pytest.raises(ValueError, match="every kind of card once"):
+        question({"a": 1.0}, kinds=[CardKind(A100, 1.0), CardKind(A100, 2.0)])
