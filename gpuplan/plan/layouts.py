@@ -2,8 +2,8 @@
 
 `candidates` gives, for a number of equal cards, every layout to which no slice can be added (any other is contained
 in one of these, so nothing is missed) with its best assignments of models to slices, ranked by the busiest model's
-expected load. `gpus_needed_min` is the other side: an integer programme over layouts and replicas that no plan can
-beat, as long as no replica serves more than its capacity.
+expected load. `equal_cards.cards_needed_min` is the other side: a bound that no plan can beat, as long as no replica
+serves more than its capacity.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from gpuplan.hardware import mig
 from gpuplan.hardware.catalog import Gpu
+from gpuplan.plan.equal_cards import Capacities, most_headroom
+from gpuplan.plan.packing_terms import layouts_of
 from gpuplan.scenario.demand import ReplicaSpec
 
 ASSIGNMENTS_MAX = 3_000
-"""Enumerated per layout before a greedy assignment takes over: some hundredths of a second's work."""
-
-Capacities = Mapping[tuple[str, str], float]
-"""Requests per second of (model, profile name); a pair that is missing does not fit."""
+"""Enumerated per layout; where there are more, an integer programme finds one that is near the best. Some hundredths of
+a second's work either way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,31 +33,27 @@ class Candidate:
     load: float
 
 
-def layouts(card: Gpu) -> list[tuple[str, ...]]:
-    """The uncut card, then every maximal MIG layout."""
-    return [(mig.WHOLE,), *mig.maximal_layouts(card)]
-
-
 def candidates(
     card: Gpu, count: int, demands: Mapping[str, float], capacities: Capacities, *, best: int
 ) -> dict[tuple[str, ...], list[Candidate]]:
     """For each layout its `best` assignments by load; an empty list where some model has no slice to go to."""
     return {
-        layout: sorted(_assignments(layout, count, demands, capacities), key=lambda c: c.load)[:best]
-        for layout in layouts(card)
+        layout: sorted(_assignments(card, layout, count, demands, capacities), key=lambda c: c.load)[:best]
+        for layout in layouts_of(card)
     }
 
 
 def _assignments(
-    layout: tuple[str, ...], count: int, demands: Mapping[str, float], capacities: Capacities
+    card: Gpu, layout: tuple[str, ...], count: int, demands: Mapping[str, float], capacities: Capacities
 ) -> Iterator[Candidate]:
     kinds = {name: n * count for name, n in Counter(layout).items()}
     fitting = {name: [model for model in demands if (model, name) in capacities] for name in kinds}
     ways = math.prod(math.comb(n + len(fitting[name]) - 1, n) for name, n in kinds.items() if fitting[name])
     if ways > ASSIGNMENTS_MAX:
-        chosen = _greedy(kinds, demands, capacities)
+        chosen = most_headroom(card, layout, count, demands, capacities)
         if chosen is not None:
-            yield _candidate(layout, list(kinds), chosen, demands, capacities)
+            splits = [{model: n for (model, profile), n in chosen.items() if profile == name} for name in kinds]
+            yield _candidate(layout, list(kinds), splits, demands, capacities)
         return
     splits_by_kind = [
         [dict(zip(fitting[name], split, strict=True)) for split in _splits(n, len(fitting[name]))] or [{}]
@@ -99,58 +94,3 @@ def _splits(n: int, parts: int) -> Iterator[tuple[int, ...]]:
     for bars in itertools.combinations(range(n + parts - 1), parts - 1):
         edges = (-1, *bars, n + parts - 1)
         yield tuple(b - a - 1 for a, b in itertools.pairwise(edges))
-
-
-def _greedy(
-    kinds: Mapping[str, int], demands: Mapping[str, float], capacities: Capacities
-) -> list[dict[str, int]] | None:
-    """One slice at a time, to the model that is shortest of capacity; None where a model gets nothing."""
-    got: dict[str, float] = dict.fromkeys(demands, 0.0)
-    splits: list[dict[str, int]] = [{} for _ in kinds]
-    for split, (kind, n) in zip(splits, kinds.items(), strict=True):
-        for _ in range(n):
-            fitting = [m for m in demands if (m, kind) in capacities]
-            if fitting:
-                needy = max(fitting, key=lambda m: math.inf if not got[m] else demands[m] / got[m])
-                split[needy] = split.get(needy, 0) + 1
-                got[needy] += capacities[(needy, kind)]
-    return splits if all(got.values()) else None
-
-
-def gpus_needed_min(card: Gpu, demands: Mapping[str, float], capacities: Capacities) -> int | None:
-    """The fewest cards that could carry the demand by capacity alone, solved to optimality; None when a model fits on
-    no slice. Choose how many cards have each layout and how many replicas of each model stand on each profile:
-
-        minimise   cards
-        such that  replicas on a profile <= slices of it in the chosen layouts,
-                   capacity of a model's replicas >= its demand, and at least one replica of each.
-    """
-    import numpy as np
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
-    shapes = layouts(card)
-    pairs = [pair for pair in capacities if pair[0] in demands]
-    if any(not any(model == m for m, _ in pairs) for model in demands):
-        return None
-    width = len(shapes) + len(pairs)
-    rows, lows = [], []
-    for kind in sorted({kind for _, kind in pairs}):
-        row = np.zeros(width)
-        row[: len(shapes)] = [layout.count(kind) for layout in shapes]
-        row[len(shapes) :] = [-1.0 if k == kind else 0.0 for _, k in pairs]
-        rows.append(row)
-        lows.append(0.0)
-    for model, rate in demands.items():
-        served, present = np.zeros(width), np.zeros(width)
-        served[len(shapes) :] = [capacities[p] if p[0] == model else 0.0 for p in pairs]
-        present[len(shapes) :] = [1.0 if p[0] == model else 0.0 for p in pairs]
-        rows += [served, present]
-        lows += [rate, 1.0]
-    cost = np.concatenate([np.ones(len(shapes)), np.zeros(len(pairs))])
-    solved = milp(
-        cost,
-        constraints=LinearConstraint(np.array(rows), np.array(lows)),
-        integrality=np.ones(width),
-        bounds=Bounds(0, np.inf),
-    )
-    return round(solved.fun) if solved.success else None

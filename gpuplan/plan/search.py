@@ -24,8 +24,9 @@ import msgspec
 from gpuplan.errors import InputError, RunError
 from gpuplan.hardware import mig
 from gpuplan.hardware.catalog import Gpu
-from gpuplan.plan import batches, calibrate, capacity, layouts, thresholds
+from gpuplan.plan import batches, calibrate, capacity, equal_cards, layouts, thresholds
 from gpuplan.plan.document import Findings, document
+from gpuplan.plan.packing_terms import layouts_of
 from gpuplan.plan.trials import LayoutTried, Trial, Trials
 from gpuplan.record.run import Run
 from gpuplan.record.summary import Summary
@@ -133,7 +134,7 @@ class _Layouts:
         self._capacities = self._all_capacities()
 
     def search(self) -> _Found:
-        bound = layouts.gpus_needed_min(self._card, self._rates, self._capacities)
+        bound = equal_cards.cards_needed_min(self._card, self._rates, self._capacities)
         most = self._own.autoscale.max_gpus
         tried: list[LayoutTried] = []
         failed: list[Trial] = []
@@ -159,7 +160,7 @@ class _Layouts:
         last = [t for t in tried if t.count == tried[-1].count]
         ranked = sorted((t for t in last if t.trial), key=lambda t: t.trial.rank if t.trial else (True, 0.0))
         kept = {t.profiles for t in ranked[:LAYOUTS_KEPT]} | {t.profiles for t in last if t.trial is None}
-        return kept or set(layouts.layouts(self._card))
+        return kept or set(layouts_of(self._card))
 
     def _round(self, count: int, wanted: set[tuple[str, ...]]) -> list[LayoutTried]:
         found = layouts.candidates(self._card, count, self._rates, self._capacities, best=ASSIGNMENTS_SIMULATED)

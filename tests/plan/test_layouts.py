@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gpuplan.hardware import mig
 from gpuplan.hardware.catalog import gpu
-from gpuplan.plan import layouts
+from gpuplan.plan import equal_cards, layouts
 
 A100 = gpu("a100-80gb")
 SIZES = {"1g.10gb": 1.0, "2g.20gb": 2.0, "3g.40gb": 3.0, "4g.40gb": 4.0, "7g.80gb": 7.0, "1g.20gb": 1.0, "whole": 7.5}
@@ -54,7 +54,7 @@ def test_a_model_that_fits_no_slice_leaves_a_layout_without_choice() -> None:
     assert [layout for layout, choices in found.items() if choices] == [("whole",), ("7g.80gb",)]
 
 
-def test_too_many_assignments_fall_back_to_a_greedy_one_that_serves_all() -> None:
+def test_where_assignments_are_too_many_one_that_serves_all_and_uses_all_slices_is_programmed() -> None:
     models = {f"m{i}": 1.0 + i for i in range(7)}
     found = layouts.candidates(A100, 6, models, capacities(*models), best=1)
     (choice,) = found[("1g.10gb",) * 7]
@@ -62,32 +62,30 @@ def test_too_many_assignments_fall_back_to_a_greedy_one_that_serves_all() -> Non
     assert sum(r.count for r in choice.replicas) == 42
 
 
-BOUNDS = [
-    ({"a": 1.0}, 1, "one slice is enough"),
-    ({"a": 7.5}, 1, "just the whole card"),
-    ({"a": 7.6}, 2, "a little more than the whole card"),
-    ({"a": 15.1}, 3, "a little more than two"),
-    ({"a": 4.0, "b": 3.0}, 1, "4g + 3g"),
-    ({"a": 4.1, "b": 3.0}, 2, "4g is too small"),
-    ({f"m{i}": 0.5 for i in range(7)}, 1, "seven small models on seven slices"),
-    ({f"m{i}": 0.5 for i in range(8)}, 2, "the eighth needs another card"),
-]
-
-
-@pytest.mark.parametrize(("demand", "cards", "why"), BOUNDS, ids=[b[2] for b in BOUNDS])
-def test_the_fewest_cards_by_capacity(demand: dict[str, float], cards: int, why: str) -> None:
-    assert layouts.gpus_needed_min(A100, demand, capacities(*demand)) == cards
-
-
-def test_a_model_that_fits_nowhere_has_no_bound() -> None:
-    assert layouts.gpus_needed_min(A100, {"a": 1.0, "giant": 1.0}, capacities("a")) is None
-
-
 @settings(deadline=None, max_examples=40)
 @given(st.dictionaries(st.sampled_from("abc"), st.floats(0.1, 9.0), min_size=1))
 def test_no_enumerated_assignment_beats_the_bound(demand: dict[str, float]) -> None:
-    bound = layouts.gpus_needed_min(A100, demand, capacities(*demand))
+    bound = equal_cards.cards_needed_min(A100, demand, capacities(*demand))
     assert bound is not None
     if bound > 1:
         found = layouts.candidates(A100, bound - 1, demand, capacities(*demand), best=1)
         assert all(choice.load > 1 - 1e-6 for choice in itertools.chain(*found.values()))
+
+
+def test_the_programmed_assignment_is_near_the_best_of_all() -> None:
+    demand = {"a": 3.0, "b": 2.0, "c": 1.5}
+    layout = ("3g.40gb", "2g.20gb", "1g.10gb", "1g.10gb")
+    (best,) = layouts.candidates(A100, 2, demand, capacities(*demand), best=1)[layout]
+    chosen = equal_cards.most_headroom(A100, layout, 2, demand, capacities(*demand))
+    assert chosen is not None
+    served = {model: sum(n * SIZES[kind] for (m, kind), n in chosen.items() if m == model) for model in demand}
+    load = max(rate / served[model] for model, rate in demand.items())
+    assert load <= best.load * 1.03
+    assert sum(chosen.values()) == 8, "every slice is used"
+
+
+def test_a_model_without_a_slice_leaves_nothing_to_assign() -> None:
+    only_large = {("a", "7g.80gb"): 7.0}
+    assert equal_cards.most_headroom(A100, ("4g.40gb", "3g.40gb"), 2, {"a": 1.0}, only_large) is None
+    many = {f"m{i}": 1.0 for i in range(3)}
+    assert equal_cards.most_headroom(A100, ("4g.40gb", "3g.40gb"), 1, many, capacities(*many)) is None, "two slices"
