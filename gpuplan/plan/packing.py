@@ -24,8 +24,8 @@ from gpuplan.plan.cutting import Chosen, Column, Cutting, Prices, States
 from gpuplan.plan.packing_terms import CardUsed, Packing, Question
 from gpuplan.plan.programme import Limits
 
-PREFERENCE_GAP = 0.02
-PREFERENCE_NODES = 50
+PREFERENCE_GAP = 0.1
+PREFERENCE_NODES = 10
 PREFERENCE_SECONDS = 2.0
 GROWTH_MAX = 1e6
 ROOM = 0.01
@@ -42,7 +42,8 @@ def pack(question: Question, limits: Limits = Limits()) -> Packing:  # noqa: B00
     found = Packing("not possible", why=why) if why else _Search(question, limits).run()
     if found.status == "not possible" and not found.why:
         found = replace(found, why=impossible.by_trying(question, limits))
-    return replace(found, elapsed_s=time.perf_counter() - started_s)
+    elapsed_s = time.perf_counter() - started_s
+    return replace(found, elapsed_s=elapsed_s, proof_s=found.proof_s or elapsed_s)
 
 
 @dataclass(slots=True)
@@ -57,6 +58,7 @@ class _Search:
             units = sum(n * (k.count_max or 0) for n, k in zip(prices.units, question.kinds, strict=True))
             count = sum(k.count_max or 0 for k in question.kinds)
             return self._of_fixed(prices, units, count)
+        started_s = time.perf_counter()
         programme = Cutting(question, prices)
         lp = programme.relaxed()
         if question.survive == "card":
@@ -65,10 +67,12 @@ class _Search:
         solved = programme.minimise(programme.cost(), self.limits)
         if not solved.found:
             return _nothing(solved.status, self.limits)
+        proof_s = time.perf_counter() - started_s
         units = round(solved.objective)
         bound = min(units, max(prices.at_least(lp), prices.at_least(solved.bound)))
         chosen = self._preferred(question, prices, units) or programme.chosen(solved)
-        return self._answer(prices, solved.status, cards.cards_of(question, chosen), bound, lp)
+        answer = self._answer(prices, solved.status, cards.cards_of(question, chosen), bound, lp)
+        return replace(answer, proof_s=proof_s)
 
     def _of_fixed(self, prices: Prices, units: int, count: int) -> Packing:
         question = self.question

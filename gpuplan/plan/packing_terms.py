@@ -150,7 +150,8 @@ class Packing:
     reason in `why`; unknown, where a limit came before any plan.
     `lp_bound_per_hour` is the least cost if cards could be bought in fractions; `bound_per_hour` what is proven.
     `growth` is the factor by which all demands could grow on these cards as they are cut.
-    `destroyed` counts instances of `current` that are no more.
+    `destroyed` counts instances of `current` that are no more. Of the `elapsed_s` it took, the cost was settled after
+    `proof_s`; where cards are fixed or one's loss must be survived, no such part is told apart.
     """
 
     status: Literal["optimal", "feasible", "not possible", "unknown"]
@@ -161,6 +162,7 @@ class Packing:
     growth: float = 0.0
     destroyed: int = 0
     elapsed_s: float = 0.0
+    proof_s: float = 0.0
     why: str = ""
 
     @property
