@@ -54,8 +54,8 @@ from gpuplan.policy.vocabulary import (
     Wake,
 )
 from gpuplan.scenario.deployment import Deployment, Replica, role
+from gpuplan.scenario.faults import NEVER
 
-NEVER = float("inf")
 RETURN_S = 1.0
 """How long a replica that was lost is first taken to be away: a guess, doubled by the time that it is late."""
 

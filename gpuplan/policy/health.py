@@ -13,8 +13,8 @@ from __future__ import annotations
 from gpuplan.policy.admission import refusal
 from gpuplan.policy.state import ModelState, ReplicaState, Sequence
 from gpuplan.policy.vocabulary import Action, Reject, RunStep
+from gpuplan.scenario.faults import NEVER
 
-NEVER = float("inf")
 SLOW_STEPS = 8
 """So many slow ones in a row: more than a hiccup of the host, less than a second of most models."""
 

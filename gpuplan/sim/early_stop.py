@@ -21,9 +21,9 @@ import numpy as np
 from gpuplan.policy.vocabulary import Action, Cancel, Complete, Event, Fail, Reject
 from gpuplan.record import summary
 from gpuplan.scenario.demand import Scenario
+from gpuplan.scenario.faults import NEVER
 from gpuplan.scenario.schedule import Columns
 
-NEVER = float("inf")
 EXACT, MICROSECOND_S = 1 + 1e-9, 1e-6
 """A value is late only by more than rounding: client and core reckon from different origins."""
 

@@ -38,13 +38,12 @@ from gpuplan.policy.vocabulary import (
     Wake,
 )
 from gpuplan.scenario.deployment import Deployment, Replica
+from gpuplan.scenario.faults import NEVER
 from gpuplan.scenario.schedule import Columns
 from gpuplan.sim.clock import StepClock
 from gpuplan.sim.faults import Injection
 from gpuplan.sim.service_times import ServiceTimes
 from gpuplan.sim.tally import Tally
-
-NEVER = float("inf")
 
 
 class Observer(Protocol):
